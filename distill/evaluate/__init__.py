@@ -1,0 +1,1 @@
+"""Measures of a pipeline: distances, accuracy, throughput; and the report."""

@@ -1,0 +1,138 @@
+"""Load a diffusers pipeline safely: safetensors only, no remote code unless asked, one clear line when it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from distill.errors import UserError
+from distill.resources import find, resource
+
+#: Pipelines that the toolkit ships: an exported folder that names one is loaded with our own copy of the file, so
+#: that no code from the folder runs.
+SHIPPED_PIPELINES = {"UNet2DPipeline": "unet2d"}
+
+
+def shipped_pipeline(class_name: str) -> type:
+    """The class of a pipeline file in ``pipelines/``."""
+    return getattr(_module(SHIPPED_PIPELINES[class_name]), class_name)
+
+
+def _module(stem: str) -> ModuleType:
+    name = f"distill_pipelines_{stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, resource(f"pipelines/{stem}.py"))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline folder.
+
+    Raises:
+        UserError: if the folder is no diffusers pipeline.
+    """
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    try:
+        index = json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(index, dict):
+        raise UserError(f"{path} should hold a JSON object")
+    return index
+
+
+def load_pipeline(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """A diffusers pipeline from a folder, a shipped asset (``assets/digits-teacher``) or a hub id, in eval mode.
+
+    Raises:
+        UserError: if it is missing, corrupt, holds pickles only, or wants code to be run that the user did not allow.
+    """
+    import diffusers
+
+    path = find(name)
+    arguments: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "revision": revision, "variant": variant}
+    pipeline_class: type = diffusers.DiffusionPipeline
+    if path.is_file():
+        raise UserError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a hub id")
+    if path.is_dir():
+        class_name = read_model_index(path).get("_class_name")
+        if isinstance(class_name, list):
+            class_name = class_name[-1]
+        if class_name in SHIPPED_PIPELINES:
+            pipeline_class = shipped_pipeline(class_name)
+        elif not trust_remote_code and not hasattr(diffusers, str(class_name)):
+            raise UserError(f"{name} needs its own code ({class_name}); read it, then set teacher.trust_remote_code: true")
+        source = str(path)
+    elif _looks_like_hub_id(str(name)):
+        source = str(name)
+    else:
+        raise UserError(f"{name} does not exist: give a pipeline folder or a hub id such as owner/model")
+    if trust_remote_code:
+        arguments["trust_remote_code"] = True
+    try:
+        with _quiet():
+            pipeline = pipeline_class.from_pretrained(source, **arguments)  # type: ignore[attr-defined]
+    except Exception as error:  # every loader error of a dozen libraries: one line for all
+        raise UserError(f"{name} could not be loaded: {_reason(error, path)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    return pipeline.to(device)
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~", "/")) and not name.endswith((".yaml", ".json"))
+
+
+def _reason(error: Exception, path: Path) -> str:
+    text = str(error)
+    kind = type(error).__name__
+    if path.is_dir() and not any(path.rglob("*.safetensors")) and any(path.rglob("*.bin")):
+        return "it holds pickled weights (*.bin) only, which are never read; convert them to safetensors first"
+    if kind == "SafetensorError" or "safetensors" in text.lower() and "header" in text.lower():
+        return f"a weight file is corrupt or truncated ({text.splitlines()[0]}); fetch it again"
+    offline = ("connect", "offline", "resolve", "couldn't find", "not a local folder", "max retries", "network")
+    if not path.exists() and any(word in text.lower() for word in offline):
+        return "it is neither a local folder nor reachable on the hub from here (offline?)"
+    return (text.splitlines() or [kind])[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or notices of the loaders; errors still raise."""
+    import diffusers.utils.logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        diffusers_logging.set_verbosity(level)
+        diffusers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Losses as arguments: divergence weightings, metrics on predictions, adversarial heads."""

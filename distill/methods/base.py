@@ -1,0 +1,77 @@
+"""What a distillation method is: its settings, the roles and data it needs, and its update rule as a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from distill.denoiser import Condition
+from distill.roles import Roles
+from distill.sampling import Sampler
+
+#: A role, or several that one loss trains together.
+RoleName = str | tuple[str, ...]
+Update = tuple[RoleName, Tensor, Mapping[str, Tensor | float]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. ``x0`` are real samples (or None where the method wants none); noise is drawn fresh."""
+
+    noise: Tensor  #: (batch, ...) unit variance
+    condition: Condition
+    x0: Tensor | None = None
+    progress: float = 0.0  #: how far training is, 0 to 1; curricula read this
+
+
+class Method(BaseModel):
+    """Base of all methods. A method's fields are the schema of its section in the YAML: defaults live there and nowhere
+    else. It has no behaviour to override but what is declared here, and methods do not inherit from methods."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str
+    #: roles with weights of their own, beside the teacher: "student", and of "critic", "target"
+    roles: ClassVar[Sequence[str]] = ("student",)
+
+    def needs_images(self) -> bool:
+        """Whether ``Batch.x0`` is used."""
+        return False
+
+    def discriminator_features(self) -> tuple[str, tuple[str, ...]] | None:
+        """(role whose hidden features are judged, names of the layers), or None for no discriminator."""
+        return None
+
+    def guidance_embedding(self) -> int:
+        """Width of the student's guidance embedding; 0 for none."""
+        return 0
+
+    def target_decay(self, progress: float) -> float:
+        """EMA decay of the target role after each student update; 0: the student's own weights."""
+        return 0.0
+
+    def initial_state(self) -> dict[str, Tensor]:
+        """Running statistics, changed in place by ``step`` through ``roles.state`` and checkpointed by the trainer."""
+        return {}
+
+    def sampler(self) -> Sampler:
+        """The settings that the student is to be sampled with."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its student samples")
+
+    def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
+        """One training step: yields (role, loss, logs) in the paper's order.
+
+        At each yield the trainer differentiates the loss in that role's parameters only, clips, steps, and resumes the
+        generator. No graph crosses a yield.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no update rule")
+
+
+def uniform_times(like: Tensor, low: float, high: float) -> Tensor:
+    """t ~ U[low, high], (batch,), float64."""
+    return low + (high - low) * torch.rand(len(like), dtype=torch.float64, device=like.device)

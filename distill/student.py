@@ -1,0 +1,52 @@
+"""The result of a distillation: weights (a full backbone or an adapter) and the sampler that they were trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import BackboneDenoiser
+from distill.roles import Adapters
+from distill.sampling import Sampler, renoise_sample
+from distill.teacher import Teacher
+
+
+@dataclass
+class Student:
+    """A student beside the teacher whose pipeline (encoders, decoder, scheduler's schedule) it shares.
+
+    Args:
+        denoiser: its backbone; for a LoRA student the shared backbone with the adapter named "student" in use.
+        adapters: the adapters of a LoRA student, None for full weights.
+    """
+
+    teacher: Teacher
+    denoiser: BackboneDenoiser
+    sampler: Sampler
+    adapters: Adapters | None = None
+
+    @torch.no_grad()
+    def sample(
+        self, inputs: Sequence[Any], steps: int | None = None, generator: torch.Generator | None = None,
+        noise: Tensor | None = None, guidance_scale: float | None = None,
+    ) -> Tensor:
+        """x0 for prompts or class labels, (len(inputs), ...), before decoding.
+
+        Args:
+            generator: draws the initial noise first (unless given), then each re-noising, as diffusers' pipelines do.
+            guidance_scale: for a student with a guidance embedding; the middle of its trained range if not given.
+        """
+        condition = self.teacher.condition(inputs)
+        noise = self.teacher.noise(len(inputs), generator) if noise is None else noise
+        if self.sampler.guidance_range is not None:
+            scale = sum(self.sampler.guidance_range) / 2 if guidance_scale is None else guidance_scale
+            condition = condition.with_guidance(torch.full((len(noise),), scale, device=noise.device))
+        return renoise_sample(self.denoiser, self.sampler.ladder(steps), noise, condition, generator)
+
+    def images(self, inputs: Sequence[Any], **settings: Any) -> Tensor:
+        """Decoded samples, (len(inputs), channels, height, width) in [0, 1]; settings as for ``sample``."""
+        return self.teacher.decode(self.sample(inputs, **settings))

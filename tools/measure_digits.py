@@ -1,0 +1,95 @@
+"""The reference numbers of the digits: what the teacher reaches, and what real images reach, in the digits metric.
+
+python tools/measure_digits.py --teacher assets/digits-teacher --features assets/digits-features.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor
+
+from distill.data.digits import CLASSES, NULL_CLASS, SHAPE, load_digits
+from distill.evaluate.digits import accuracy, features, load_features
+from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
+
+
+@torch.no_grad()
+def sample(folder: Path, count: int, steps: int, guidance: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(count, 1, 8, 8) DDIM samples of equally many of each class, and their labels."""
+    unet = UNet2DModel.from_pretrained(folder / "unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(steps)
+    labels = torch.arange(count) % CLASSES
+    noise = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    done = []
+    for x, y in zip(noise.split(500), labels.split(500), strict=True):
+        for t in scheduler.timesteps:
+            prediction = unet(x, t, class_labels=y).sample
+            if guidance != 1:
+                null = unet(x, t, class_labels=torch.full_like(y, NULL_CLASS)).sample
+                prediction = null + guidance * (prediction - null)
+            x = scheduler.step(prediction, t, x).prev_sample
+        done.append(x)
+    return torch.cat(done).clamp(-1, 1), labels
+
+
+def floors(train: Tensor, heldout: Tensor, count: int, repeats: int = 20) -> dict[str, float]:
+    """Fréchet distances between features of real images, from five constructions (assets/README.md explains them)."""
+    generator = torch.Generator().manual_seed(0)
+    n, m, half = len(train), len(heldout), len(train) // 2
+    halves, part, bootstrap = [], [], []
+    for _ in range(repeats):
+        order = torch.randperm(n, generator=generator)
+        halves.append(frechet_distance(train[order[:half]], train[order[half : 2 * half]]))
+        part.append(frechet_distance(train[order[:m]], train[order[m:]]))
+        bootstrap.append(frechet_distance(train[torch.randint(n, (count,), generator=generator)], train))
+    mean_half = sum(halves) / repeats
+    return {
+        f"training half to the other half ({half} each)": mean_half,
+        f"{m} training images to the other {n - m}": sum(part) / repeats,
+        f"held-out images ({m}) to the training images ({n})": frechet_distance(heldout, train),
+        f"{count} draws with replacement from the training images, to them": sum(bootstrap) / repeats,
+        f"a perfect sampler: {count} new real images to the {n}, by the 1/N law from the halves": (
+            mean_half * (1 / n + 1 / count) / (2 / half)
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=Path("assets/digits-teacher"))
+    parser.add_argument("--features", type=Path, default=Path("assets/digits-features.safetensors"))
+    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50], help="DDIM steps to measure")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments = parser.parse_args()
+
+    network = load_features(arguments.features)
+    train, heldout = (features(network, load_digits(split)[0]) for split in ("train", "heldout"))  # type: ignore[arg-type]
+    for name, distance in floors(train, heldout, arguments.samples).items():
+        print(f"{distance:7.3f}  {name}")
+    print(f"{accuracy(network, *load_digits('heldout')):7.4f}  accuracy on the held-out images")
+    for steps in arguments.steps:
+        for seed in arguments.seeds:
+            images, labels = sample(arguments.teacher, arguments.samples, steps, arguments.guidance, seed)
+            fake = features(network, images)
+            kernel = kernel_distance(fake, train)
+            precision, recall = precision_recall(train, fake[: len(train)])
+            density, coverage = density_coverage(train, fake[: len(train)])
+            print(
+                f"teacher, {steps} steps, guidance {arguments.guidance:g}, seed {seed}: "
+                f"Fréchet to training {frechet_distance(fake, train):.3f}, to held-out "
+                f"{frechet_distance(fake, heldout):.3f}, kernel {1000 * kernel.mean:.2f}e-3 ± {1000 * kernel.std:.2f}e-3, "
+                f"accuracy {accuracy(network, images, labels):.4f}, precision {precision:.3f}, recall {recall:.3f}, "
+                f"density {density:.3f}, coverage {coverage:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

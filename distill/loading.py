@@ -74,7 +74,7 @@ def load_pipeline(
 
     path = find(name)
     arguments: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, "revision": revision, "variant": variant}
-    pipeline_class: type = diffusers.DiffusionPipeline
+    shipped: str | None = None
     if path.is_file():
         raise UserError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a hub id")
     if path.is_dir():
@@ -82,7 +82,7 @@ def load_pipeline(
         if isinstance(class_name, list):
             class_name = class_name[-1]
         if class_name in SHIPPED_PIPELINES:
-            pipeline_class = shipped_pipeline(class_name)
+            shipped = str(class_name)
         elif not trust_remote_code and not hasattr(diffusers, str(class_name)):
             raise UserError(f"{name} needs its own code ({class_name}); read it, then set teacher.trust_remote_code: true")
         source = str(path)
@@ -94,7 +94,10 @@ def load_pipeline(
         arguments["trust_remote_code"] = True
     try:
         with _quiet():
-            pipeline = pipeline_class.from_pretrained(source, **arguments)  # type: ignore[attr-defined]
+            if shipped:
+                pipeline = _load_shipped(shipped, path, dtype)
+            else:
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(source, **arguments)
     except Exception as error:  # every loader error of a dozen libraries: one line for all
         raise UserError(f"{name} could not be loaded: {_reason(error, path)}") from error
     pipeline.set_progress_bar_config(disable=True)
@@ -102,6 +105,23 @@ def load_pipeline(
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     return pipeline.to(device)
+
+
+def _load_shipped(class_name: str, folder: Path, dtype: torch.dtype) -> Any:
+    """A pipeline of ours from its folder, part by part: ``from_pretrained`` would run the copy that lies there."""
+    import diffusers
+
+    settings: dict[str, Any] = {}
+    for name, value in read_model_index(folder).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, list) and len(value) == 2 and value[0] == "diffusers":
+            part = getattr(diffusers, value[1])
+            weights = {"torch_dtype": dtype, "use_safetensors": True} if issubclass(part, torch.nn.Module) else {}
+            settings[name] = part.from_pretrained(folder / name, **weights)
+        else:
+            settings[name] = value
+    return shipped_pipeline(class_name)(**settings)
 
 
 def _looks_like_hub_id(name: str) -> bool:

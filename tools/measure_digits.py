@@ -37,25 +37,41 @@ def sample(folder: Path, count: int, steps: int, guidance: float, seed: int) -> 
     return torch.cat(done).clamp(-1, 1), labels
 
 
-def floors(train: Tensor, heldout: Tensor, count: int, repeats: int = 20) -> dict[str, float]:
-    """Fréchet distances between features of real images, from five constructions (assets/README.md explains them)."""
+def divide(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random indices of `share` of each class, and of the rest: every class keeps its weight on both sides."""
+    first, rest = [], []
+    for label in range(CLASSES):
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = round(len(members) * share)
+        first.append(members[:cut])
+        rest.append(members[cut:])
+    return torch.cat(first), torch.cat(rest)
+
+
+def draw(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random indices with replacement, equally many of each class."""
+    members = [(labels == label).nonzero().squeeze(1) for label in range(CLASSES)]
+    return torch.cat([m[torch.randint(len(m), (count // CLASSES,), generator=generator)] for m in members])
+
+
+def floors(train: Tensor, labels: Tensor, heldout: Tensor, count: int, repeats: int = 50) -> dict[str, float]:
+    """Fréchet distances between features of real images, by the constructions that assets/README.md explains."""
     generator = torch.Generator().manual_seed(0)
-    n, m, half = len(train), len(heldout), len(train) // 2
-    halves, part, bootstrap = [], [], []
+    n, m = len(train), len(heldout)
+    halves, parts, draws = 0.0, 0.0, 0.0
     for _ in range(repeats):
-        order = torch.randperm(n, generator=generator)
-        halves.append(frechet_distance(train[order[:half]], train[order[half : 2 * half]]))
-        part.append(frechet_distance(train[order[:m]], train[order[m:]]))
-        bootstrap.append(frechet_distance(train[torch.randint(n, (count,), generator=generator)], train))
-    mean_half = sum(halves) / repeats
+        first, rest = divide(labels, 0.5, generator)
+        halves += frechet_distance(train[first], train[rest]) / repeats
+        first, rest = divide(labels, m / n, generator)
+        parts += frechet_distance(train[first], train[rest]) / repeats
+        draws += frechet_distance(train[draw(labels, count, generator)], train) / repeats
     return {
-        f"training half to the other half ({half} each)": mean_half,
-        f"{m} training images to the other {n - m}": sum(part) / repeats,
-        f"held-out images ({m}) to the training images ({n})": frechet_distance(heldout, train),
-        f"{count} draws with replacement from the training images, to them": sum(bootstrap) / repeats,
-        f"a perfect sampler: {count} new real images to the {n}, by the 1/N law from the halves": (
-            mean_half * (1 / n + 1 / count) / (2 / half)
-        ),
+        f"one half of the training images to the other ({n // 2} each)": halves,
+        f"{m} training images to the other {n - m}": parts,
+        f"the {m} held-out images to the {n} training images": frechet_distance(heldout, train),
+        f"{count} draws with replacement from the training images, to them": draws,
+        f"a perfect sampler's {count} to the {n} (the halves, scaled by 1/N)": halves * (1 / n + 1 / count) / (4 / n),
     }
 
 
@@ -70,10 +86,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     network = load_features(arguments.features)
-    train, heldout = (features(network, load_digits(split)[0]) for split in ("train", "heldout"))  # type: ignore[arg-type]
-    for name, distance in floors(train, heldout, arguments.samples).items():
+    (train_images, train_labels), (heldout_images, heldout_labels) = load_digits("train"), load_digits("heldout")
+    train, heldout = features(network, train_images), features(network, heldout_images)
+    for name, distance in floors(train, train_labels, heldout, arguments.samples).items():
         print(f"{distance:7.3f}  {name}")
-    print(f"{accuracy(network, *load_digits('heldout')):7.4f}  accuracy on the held-out images")
+    print(f"{accuracy(network, heldout_images, heldout_labels):7.4f}  accuracy on the held-out images")
     for steps in arguments.steps:
         for seed in arguments.seeds:
             images, labels = sample(arguments.teacher, arguments.samples, steps, arguments.guidance, seed)

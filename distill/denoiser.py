@@ -158,21 +158,25 @@ class BackboneDenoiser(Denoiser):
 
     Args:
         use: entered around each forward; selects the adapter of this role on a shared backbone.
-        parameters: what training changes; all of the backbone's where None.
+        trained: name → parameter of what training changes; all of the backbone's where None.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
-        parameters: Sequence[nn.Parameter] | None = None,
+        trained: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
-        self._parameters = parameters
+        self._trained = trained
         first = next(backbone.parameters())
         self.dtype = first.dtype if first.is_floating_point() else torch.float32
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by the names that the weights have on disk."""
+        return dict(self.backbone.named_parameters() if self._trained is None else self._trained)
+
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.backbone.parameters()) if self._parameters is None else list(self._parameters)
+        return list(self.named_parameters().values())
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
         batch = len(x_t)

@@ -47,6 +47,14 @@ class Roles:
         holder = getattr(self, role, None)
         return [] if holder is None else list(holder.parameters())
 
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The same by name; the names are those on disk."""
+        holder = getattr(self, role, None)
+        if holder is None:
+            return {}
+        named = getattr(holder, "named_parameters", None)
+        return dict(named()) if named else {str(i): p for i, p in enumerate(holder.parameters())}
+
     def trained(self) -> list[str]:
         """The roles that have parameters of their own and are changed by gradients."""
         return [r for r in ("student", "critic", "discriminator") if self.parameters(r)]
@@ -93,8 +101,10 @@ class Adapters:
             parameter.requires_grad_("lora_" in name)
         self._activate(None)
 
-    def parameters(self, adapter: str) -> list[nn.Parameter]:
-        return [p for n, p in self.backbone.named_parameters() if "lora_" in n and f".{adapter}." in n]
+    def named_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their names in the backbone, without the adapter's own."""
+        own = f".{adapter}."
+        return {n.replace(own, "."): p for n, p in self.backbone.named_parameters() if "lora_" in n and own in n}
 
     def _activate(self, adapter: str | None) -> None:
         for layer in self.layers:
@@ -156,7 +166,7 @@ def build_roles(
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
         adapters = Adapters(denoiser.backbone, lora, wanted)
         teacher.denoiser.use = adapters.use(None)
-        return Roles(denoiser, **{r: _role(denoiser, denoiser.backbone, adapters.use(r), adapters.parameters(r)) for r in wanted}), adapters
+        return Roles(denoiser, **{r: _role(denoiser, denoiser.backbone, adapters.use(r), adapters.named_parameters(r)) for r in wanted}), adapters
     made: dict[str, Any] = {}
     for role in wanted:
         embed = guidance_embedding if role in ("student", "target") else 0
@@ -166,8 +176,8 @@ def build_roles(
     return Roles(denoiser, **made), None
 
 
-def _role(teacher: BackboneDenoiser, backbone: nn.Module, use: Any, parameters: list[nn.Parameter]) -> BackboneDenoiser:
-    return BackboneDenoiser(backbone, teacher.schedule, teacher.kind, teacher.call, use, parameters)
+def _role(teacher: BackboneDenoiser, backbone: nn.Module, use: Any, trained: dict[str, nn.Parameter]) -> BackboneDenoiser:
+    return BackboneDenoiser(backbone, teacher.schedule, teacher.kind, teacher.call, use, trained)
 
 
 def copy_backbone(backbone: nn.Module, call: Call, guidance_embedding: int = 0) -> tuple[nn.Module, Call]:

@@ -100,7 +100,7 @@ class Teacher:
             schedule, kind = from_scheduler(pipeline.scheduler)
         except ValueError as error:
             raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
-        self._recorded = self._record([self._probe_input()], steps=2, guidance=1.0)
+        self._recorded = self._record([self.placeholder()], steps=2, guidance=1.0)
         call, self.sample_shape = self._understand(self._recorded)
         self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
         self.guidance_free = not self._takes("guidance_scale")
@@ -113,7 +113,8 @@ class Teacher:
             return False
         return name in self._parameters
 
-    def _probe_input(self) -> Any:
+    def placeholder(self) -> Any:
+        """Some valid input: a prompt, a class, or None for an unconditional teacher."""
         return {"prompt": "a photograph", "class_labels": 0, None: None}[self.input_name]
 
     @property
@@ -188,7 +189,7 @@ class Teacher:
         self._conditional_half = 1
         if self.guidance_free or self.input_name is None:
             return 1
-        probe = self._probe_input()
+        probe = self.placeholder()
         plain = self._split(self._recorded.calls[0], 1)[0]
         guided, null = self._split(self._record([probe], 1, 2.0, stop_after=1).calls[0], 1)
         if null is None:
@@ -219,7 +220,7 @@ class Teacher:
     @property
     def has_null(self) -> bool:
         """Whether guidance is possible."""
-        return self.condition([self._probe_input()]).null is not None
+        return self.condition([self.placeholder()]).null is not None
 
     @property
     def classes(self) -> int | None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.digits import load_digits
+from distill.data.digits import Split, load_digits
 from distill.evaluate.digits import DigitsNet, accuracy, features
 from distill.evaluate.frechet import frechet_distance
 
@@ -63,8 +63,9 @@ def main() -> None:
     arguments = parser.parse_args()
     network = train(arguments.steps, arguments.seed)
     sets = {}
-    for split in ("train", "heldout"):
-        images, labels = load_digits(split)  # type: ignore[arg-type]
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        images, labels = load_digits(split)
         sets[split] = features(network, images)
         confidence = network.logits(images).softmax(1).max(1).values.mean()
         print(f"{split}: accuracy {accuracy(network, images, labels):.4f}, mean confidence {confidence:.4f}")

@@ -1,6 +1,6 @@
 """Train the class-conditional digits teacher that ships in assets/digits-teacher.
 
-    python tools/train_teacher.py --out assets/digits-teacher --steps 9000
+    python tools/train_teacher.py --out assets/digits-teacher --steps 5000
 
 A small UNet learns v = alpha noise − sigma x0 on the training part of the digits, class ids 0…9, 10 for "no class".
 The schedule is a cosine one rescaled to zero terminal SNR: at the last step the input is noise and nothing else, so that
@@ -19,7 +19,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
-from distill.data.digits import CLASSES, NULL_CLASS, load_digits
+from distill.data.digits import CLASSES, NULL_CLASS, Split, load_digits
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def build_unet() -> UNet2DModel:
@@ -64,9 +66,9 @@ def stratified_steps(count: int, train_steps: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(unet: UNet2DModel, scheduler: DDIMScheduler, split: str) -> float:
+def fixed_loss(unet: UNet2DModel, scheduler: DDIMScheduler, split: Split) -> float:
     """The v-loss on a fixed draw of times and noises, without disturbing the training's own random numbers."""
-    images, labels = load_digits(split)  # type: ignore[arg-type]
+    images, labels = load_digits(split)
     was_training = unet.training
     unet.eval()
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +107,7 @@ def train(
         decay = min(ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         if step % 1000 == 0 or step == steps:
-            parts = ", ".join(f"{name} {held_out_loss(ema, scheduler, name):.4f}" for name in ("train", "heldout"))
+            parts = ", ".join(f"{split} {fixed_loss(ema, scheduler, split):.4f}" for split in SPLITS)
             print(f"step {step}  {time.monotonic() - started:.0f} s  v-loss of the average: {parts}", flush=True)
     return ema, scheduler
 
@@ -113,7 +115,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("assets/digits-teacher"), help="folder to write")
-    parser.add_argument("--steps", type=int, default=9000, help="training steps of 128 images")
+    parser.add_argument("--steps", type=int, default=5000, help="training steps of 128 images")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     unet, scheduler = train(arguments.steps, arguments.seed)

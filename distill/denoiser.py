@@ -7,8 +7,8 @@ Conditions are opaque to methods: they come from the batch and go into a denoise
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +137,10 @@ class Denoiser(ABC):
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         return self.predict(x_t, t, condition).x0
 
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """The hidden features alone; a backbone stops as soon as it has them."""
+        return self.predict(x_t, t, condition, names).features
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """The parameters that training changes."""
         return ()
@@ -179,9 +183,19 @@ class BackboneDenoiser(Denoiser):
         return list(self.named_parameters().values())
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
-        batch = len(x_t)
-        t = t.to(x_t.device).expand(batch)
-        time = (self.schedule.model_time(t) * self.call.time_scale).float()
+        t = t.to(x_t.device).expand(len(x_t))
+        with _catching(self.backbone, features) as caught, self.use():
+            out = self.backbone(**self._arguments(x_t, t, condition))
+        value = out[0] if isinstance(out, tuple) else out.sample
+        return Prediction(value[:, : x_t.shape[1]], self.kind, x_t, t, self.schedule, caught)
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
+        t = t.to(x_t.device).expand(len(x_t))
+        with _catching(self.backbone, names, stop=True) as caught, self.use():
+            self.backbone(**self._arguments(x_t, t, condition))
+        return caught
+
+    def _arguments(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> dict[str, Any]:
         arguments: dict[str, Any] = dict(self.call.constants)
         if condition is not None:
             arguments |= {k: self._cast(v) for k, v in condition.values.items()}
@@ -189,17 +203,8 @@ class BackboneDenoiser(Denoiser):
                 width = self.backbone.config.time_cond_proj_dim
                 arguments[self.call.guidance] = self._cast(guidance_embedding(condition.guidance, width))
         arguments[self.call.state] = x_t.to(self.dtype)
-        arguments[self.call.time] = time
-        caught: dict[str, Tensor] = {}
-        handles = [self.backbone.get_submodule(name).register_forward_hook(_catch(caught, name)) for name in features]
-        try:
-            with self.use():
-                out = self.backbone(**unflatten(arguments))
-        finally:
-            for handle in handles:
-                handle.remove()
-        value = out[0] if isinstance(out, tuple) else out.sample
-        return Prediction(value[:, : x_t.shape[1]], self.kind, x_t, t, self.schedule, caught)
+        arguments[self.call.time] = (self.schedule.model_time(t) * self.call.time_scale).float()
+        return unflatten(arguments)
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self.dtype) if value.is_floating_point() else value
@@ -239,14 +244,37 @@ def guidance_embedding(scale: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(embedding, (0, width - 2 * half))
 
 
-def _catch(into: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        value = output
-        while isinstance(value, (tuple, list)):
-            value = value[0]
-        into[name] = value
+class _Enough(Exception):
+    """Raised by a hook once every wanted feature is there."""
 
-    return hook
+
+@contextmanager
+def _catching(backbone: nn.Module, names: Sequence[str], stop: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules during a forward (the first tensor, where a module returns several).
+
+    Args:
+        stop: end the forward as soon as all of them are there: the rest of the network is not computed.
+    """
+    caught: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            while isinstance(output, (tuple, list)):
+                output = output[0]
+            caught[name] = output
+            if stop and len(caught) == len(set(names)):
+                raise _Enough
+
+        return hook
+
+    handles = [backbone.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield caught
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser, Guided, Prediction
+from distill.denoiser import Condition, Denoiser, Guided, Prediction, cat
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.divergence import Divergence, RatioNormalizer
 from distill.losses.metrics import batch_mean_abs
@@ -97,15 +97,19 @@ class DMD2(Method):
             logs = {"score_gap": g.abs().mean()}
         loss = self.score_weight * injected(x, g)
         if self.gan is not None:
-            adversarial = generator_loss(self._logits(roles, x, batch.condition)[0])
+            level = uniform_times(x, *self.gan.times)
+            adversarial = generator_loss(self._logits(roles, x, batch.condition, level, torch.randn_like(x)))
             loss = loss + self.gan.weight * adversarial
             logs["gan"] = adversarial.detach()
         yield "student", loss, logs
 
-        # Critic and discriminator: follow the student on the faster time scale.
-        for _ in range(self.critic_steps):
-            with torch.no_grad():
-                x = self._generate(roles, batch, fresh=True)
+        # Critic and discriminator: follow the student on the faster time scale. The first of the updates takes the
+        # samples that are there already.
+        x = x.detach()
+        for i in range(self.critic_steps):
+            if i:
+                with torch.no_grad():
+                    x = self._generate(roles, batch, fresh=True)
             yield from self._critic_update(roles, batch, x)
 
     # -- the student --------------------------------------------------------------------------------------------------
@@ -178,31 +182,30 @@ class DMD2(Method):
             yield "discriminator", adversarial, logs
 
     def _adversarial(self, roles: Roles, batch: Batch, x: Tensor, logs: dict[str, Tensor | float]) -> Tensor:
-        """The discriminator's logistic loss on noised real against noised student samples, and approximate R1."""
+        """The discriminator's logistic loss on student samples against real ones, both noised, and approximate R1: the
+        logits' change under a small nudge of the real samples, at the same noise."""
         assert self.gan is not None and batch.x0 is not None
-        fake, _ = self._logits(roles, x, batch.condition)
-        real, x_t = self._logits(roles, batch.x0, batch.condition)
+        t, noise = uniform_times(x, *self.gan.times), torch.randn_like(x)
+        clean, told = [x, batch.x0], [batch.condition] * 2
+        if self.gan.r1:
+            clean, told = [*clean, batch.x0 + 0.1 * torch.randn_like(x)], [*told, batch.condition]
+        n = len(clean)
+        logits = self._logits(roles, torch.cat(clean), cat(told), t.repeat(n), noise.repeat(n, *[1] * (x.dim() - 1)))
+        fake, real = logits[: len(x)], logits[len(x) : 2 * len(x)]
         loss = discriminator_loss(real, fake)
         logs["discriminator"] = loss.detach()
         logs["discriminator_accuracy"] = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         if self.gan.r1:
-            t = x_t.t
-            nudged = self._judge(roles, x_t.x_t + 0.1 * torch.randn_like(x_t.x_t), t, batch.condition)
-            loss = loss + self.gan.r1 * (nudged[0] - real).square().mean()
+            loss = loss + self.gan.r1 * (logits[2 * len(x) :] - real).square().mean()
         return loss
 
-    def _logits(self, roles: Roles, x: Tensor, condition: Condition) -> tuple[Tensor, Prediction]:
-        """Logits of clean samples, noised here to a random level; differentiable in x and in the features' network."""
-        assert self.gan is not None
-        t = uniform_times(x, *self.gan.times)
-        return self._judge(roles, roles.schedule.add_noise(x, torch.randn_like(x), t), t, condition)
-
-    def _judge(self, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Prediction]:
+    def _logits(self, roles: Roles, x: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Tensor:
+        """Logits of clean samples noised to t; differentiable in x and in the network whose features are judged."""
         assert self.gan is not None and roles.discriminator is not None
         network = roles.critic if self.gan.features == "critic" else roles.teacher
         assert network is not None
-        prediction = network.predict(x_t, t, condition, tuple(self.gan.layers))
-        return roles.discriminator(prediction.features), prediction
+        x_t = roles.schedule.add_noise(x, noise, t)
+        return roles.discriminator(network.features(x_t, t, condition, tuple(self.gan.layers)))
 
 
 def injected(x: Tensor, g: Tensor) -> Tensor:

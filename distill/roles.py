@@ -7,6 +7,7 @@ shared backbone: the teacher is "adapters off", so that three networks cost the 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,8 +95,10 @@ class Adapters:
         self.targets = lora_targets(backbone, settings.targets)
         config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=self.targets, init_lora_weights=True)
         backbone.requires_grad_(False)
-        for name in names:
-            inject_adapter_in_model(config, backbone, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            for name in names:
+                inject_adapter_in_model(config, backbone, adapter_name=name)
         self.layers: list[Any] = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
         for name, parameter in backbone.named_parameters():
             parameter.requires_grad_("lora_" in name)

@@ -8,6 +8,7 @@ losses of one that was not.
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +72,7 @@ class Trainer:
         student = self.parts.student.denoiser.named_parameters()
         self.ema = {k: v.detach().clone() for k, v in student.items()} if config.student.ema else {}
         self.start = 0
-        self.bad_steps = 0
+        self.bad_steps = dict.fromkeys(self.parameters, 0)
         self._signal: int | None = None
         saved = checkpoint.steps(folder / "checkpoints") if resume else []
         if saved:
@@ -156,22 +157,17 @@ class Trainer:
         limit = settings.clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         scaled = self.accelerator.scaler is not None  # a loss scaler drops such steps itself, and lowers its scale
-        if norm == norm and norm != float("inf"):
-            self.bad_steps = 0
-        else:
-            self._bad(role, step)
-        if scaled or self.bad_steps == 0:
+        finite = math.isfinite(norm)
+        self.bad_steps[role] = 0 if finite else self.bad_steps[role] + 1
+        if self.bad_steps[role] >= MAX_BAD_STEPS:
+            raise UserError(
+                f"step {step}: the gradient of the {role} was not finite {MAX_BAD_STEPS} times in a row; the last good checkpoint "
+                f"is kept in {self.folder / 'checkpoints'}: lower optimizers.{role}.lr, clip lower, or leave out mixed_precision"
+            )
+        if scaled or finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _bad(self, role: str, step: int) -> None:
-        self.bad_steps += 1
-        if self.bad_steps >= MAX_BAD_STEPS:
-            raise UserError(
-                f"step {step}: the gradient of the {role} was not finite {MAX_BAD_STEPS} times in a row; the last good "
-                f"checkpoint is kept in {self.folder / 'checkpoints'}: lower optimizers.{role}.lr, clip lower, or leave out mixed_precision"
-            )
 
     def _follow(self, step: int, progress: float) -> None:
         """After a student update: the averaged weights and the method's target."""

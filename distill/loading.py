@@ -93,7 +93,7 @@ def load_pipeline(
     if trust_remote_code:
         arguments["trust_remote_code"] = True
     try:
-        with _quiet():
+        with quiet():
             if shipped:
                 pipeline = _load_shipped(shipped, path, dtype)
             else:
@@ -143,7 +143,7 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars or notices of the loaders; errors still raise."""
     import diffusers.utils.logging as diffusers_logging
 

@@ -53,9 +53,14 @@ class Sampler:
             raise UserError(f"{path} does not hold a student's sampler settings: {error}") from None
 
 
-def uniform_ladder(steps: int) -> tuple[float, ...]:
-    """1, 1 − 1/n, …, 1/n: for 1000 training steps and n = 4 the timesteps 999, 749, 499, 249."""
-    return tuple(1 - i / steps for i in range(steps))
+def uniform_ladder(steps: int, train_steps: int = 1000) -> tuple[float, ...]:
+    """n times at even whole distances of the teacher's own steps, from the top: for n = 4 the timesteps 999, 749, 499, 249.
+
+    These are the timesteps of diffusers' ``LCMScheduler`` with ``original_inference_steps`` = n, to the letter: where n does
+    not divide the training steps, the first one lies a little below the top, as it does there.
+    """
+    stride = train_steps // steps
+    return tuple((steps - i) * stride / train_steps for i in range(steps))
 
 
 def renoise_sample(

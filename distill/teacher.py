@@ -231,6 +231,16 @@ class Teacher:
         null = self.pipeline.config.get("null_class")
         return count if null is None else count - 1
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the decoded images."""
+        channels, height, width = self.sample_shape
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is None:
+            return channels, height, width
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return vae.config.out_channels, height * factor, width * factor
+
     def guided(self, scale: float) -> Denoiser:
         """The teacher under classifier-free guidance of the given scale (1: none)."""
         return self.denoiser if scale == 1 else Guided(self.denoiser, scale)

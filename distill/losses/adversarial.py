@@ -21,7 +21,7 @@ class FeatureHead(nn.Module):
         self.spatial = spatial
         if spatial:
             self.net = nn.Sequential(
-                nn.Conv2d(channels, hidden, 3, padding=1), nn.GroupNorm(_groups(hidden), hidden), nn.SiLU(),
+                nn.Conv2d(channels, hidden, 4, stride=2, padding=1), nn.GroupNorm(_groups(hidden), hidden), nn.SiLU(),
                 nn.Conv2d(hidden, hidden, 3, padding=1), nn.GroupNorm(_groups(hidden), hidden), nn.SiLU(),
                 nn.Conv2d(hidden, 1, 1),
             )
@@ -36,7 +36,7 @@ class FeatureHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One head per named feature; the logit is their mean.
+    """One head per named feature; each is a judge of its own, and the losses average over them.
 
     Args:
         shapes: the features' shapes without the batch, by name: (C, H, W) convolutional, (tokens, C) or (C,) otherwise.
@@ -51,17 +51,18 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Logits, (batch, heads)."""
         logits = [head(features[name].float()) for name, head in zip(self.names, self.heads, strict=True)]
-        return torch.stack(logits).mean(0)
+        return torch.stack(logits, dim=1)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """softplus(−l_real) + softplus(l_fake), averaged over the batch."""
+    """softplus(−l_real) + softplus(l_fake), averaged over batch and heads."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """softplus(−l_fake), averaged over the batch (non-saturating)."""
+    """softplus(−l_fake), averaged over batch and heads (non-saturating)."""
     return F.softplus(-fake).mean()
 
 

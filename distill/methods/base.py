@@ -73,5 +73,8 @@ class Method(BaseModel):
 
 
 def uniform_times(like: Tensor, low: float, high: float) -> Tensor:
-    """t ~ U[low, high], (batch,), float64."""
-    return low + (high - low) * torch.rand(len(like), dtype=torch.float64, device=like.device)
+    """t ~ U[low, high], (batch,), float64; stratified over the batch (one draw in each of its equal parts, shuffled),
+    which leaves every sample's law uniform and takes the noise level's share out of the gradient's variance."""
+    n = len(like)
+    strata = torch.randperm(n, device=like.device) + torch.rand(n, dtype=torch.float64, device=like.device)
+    return low + (high - low) * strata / n

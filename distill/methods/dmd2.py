@@ -155,6 +155,7 @@ class DMD2(Method):
             return weight
         assert roles.discriminator is not None
         logits = roles.discriminator(real.features or fake.features)
+        logits = logits.reshape(len(x), -1).mean(1)
         h = self._normalizer.weight(self.divergence, logits, t, roles.state["ratio_means"])
         return weight * h.to(x).reshape((-1,) + (1,) * (x.dim() - 1))
 

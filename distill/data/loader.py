@@ -1,0 +1,99 @@
+"""The data of a run as tensors on the teacher's device: latents encoded once, conditions encoded once, order by step.
+
+``batch(index, size)`` is a function of (seed, index) alone, so that a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.config import Data
+from distill.data.digits import load_digits
+from distill.data.images import read_folder
+from distill.data.prompts import read_prompts
+from distill.denoiser import Condition, cat
+from distill.errors import UserError
+from distill.teacher import Teacher
+
+ENCODE_BATCH = 16
+
+
+class TrainingData:
+    """Samples and what they are conditioned on.
+
+    Args:
+        x0: (N, ...) real samples in the teacher's space, or None.
+        inputs: one prompt, class label or None per sample; without x0, the pool that is drawn from.
+    """
+
+    def __init__(self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int) -> None:
+        self.x0, self.inputs, self.seed = x0, list(inputs), seed
+        unique = list(dict.fromkeys(self.inputs))
+        position = {value: i for i, value in enumerate(unique)}
+        self._index = torch.tensor([position[value] for value in self.inputs])
+        parts = [teacher.condition(unique[i : i + ENCODE_BATCH]) for i in range(0, len(unique), ENCODE_BATCH)]
+        self._conditions = cat(parts) if parts[0].values else parts[0]
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, index: int, size: int) -> tuple[Tensor | None, Condition]:
+        """The ``index``-th batch: (x0 or None, condition). Every sample is seen once per epoch, in an order of its own."""
+        positions = torch.arange(index * size, (index + 1) * size)
+        chosen = torch.stack([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
+        x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
+        if not self._conditions.values:
+            return x0, self._conditions
+        device = next(iter(self._conditions.values.values())).device
+        return x0, self._conditions[self._index[chosen].to(device)]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = (epoch, torch.randperm(len(self), generator=generator))
+        return self._epoch[1]
+
+    def examples(self, count: int) -> list[Any]:
+        """The first few different inputs."""
+        return list(dict.fromkeys(self.inputs))[:count]
+
+
+def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0) -> TrainingData:
+    """The recipe's data for a teacher.
+
+    Raises:
+        UserError: if files are missing or broken, or do not fit the teacher.
+    """
+    if section.source == "digits":
+        if teacher.sample_shape != (1, 8, 8):
+            raise UserError(f"data.source digits has 8×8 grey images; the teacher's samples are {'×'.join(map(str, teacher.sample_shape))}")
+        images, labels = load_digits(section.split)
+        inputs: list[Any] = labels.tolist() if teacher.input_name == "class_labels" else [None] * len(images)
+        return TrainingData(teacher, images.to(teacher.device), inputs, seed)
+    if section.source == "images":
+        assert section.path is not None
+        images, inputs = read_folder(section.path.expanduser(), teacher.image_shape, teacher.input_name, teacher.classes)
+        x0 = _encode(teacher, images) if needs_images else None
+        return TrainingData(teacher, x0, inputs, seed)
+    if section.source == "prompts":
+        if teacher.input_name != "prompt":
+            raise UserError("data.source prompts needs a text-conditional teacher; this one takes no prompts")
+        assert section.path is not None
+        return TrainingData(teacher, None, read_prompts(section.path.expanduser()), seed)
+    if teacher.input_name == "prompt":
+        raise UserError("data.source: a text-conditional teacher needs prompts: set source: prompts and path, or source: images")
+    classes = teacher.classes
+    return TrainingData(teacher, None, list(range(classes)) if classes else [None], seed)
+
+
+def _encode(teacher: Teacher, images: Tensor) -> Tensor:
+    from distill.progress import track
+
+    starts = range(0, len(images), ENCODE_BATCH)
+    parts = [teacher.encode(images[i : i + ENCODE_BATCH].to(teacher.device)) for i in track(starts, "encoding images")]
+    return torch.cat(parts).to(teacher.denoiser.dtype)

@@ -18,8 +18,8 @@ from PIL import Image
 from distill import config as configs
 from distill import export as exporting
 from distill.config import Config
-from distill.errors import UserError
 from distill.data.prompts import read_prompts
+from distill.errors import UserError
 from distill.evaluate import run as evaluation
 from distill.evaluate.generate import class_count, conditioned_on, default_inputs, generate
 from distill.evaluate.grid import comparison_grid, plain_grid, to_image

@@ -200,7 +200,8 @@ class BackboneDenoiser(Denoiser):
         if condition is not None:
             arguments |= {k: self._cast(v) for k, v in condition.values.items()}
             if condition.guidance is not None and self.call.guidance is not None:
-                width = self.backbone.config.time_cond_proj_dim
+                config: Any = self.backbone.config
+                width = int(config.time_cond_proj_dim)
                 arguments[self.call.guidance] = self._cast(guidance_embedding(condition.guidance, width))
         arguments[self.call.state] = x_t.to(self.dtype)
         arguments[self.call.time] = (self.schedule.model_time(t) * self.call.time_scale).float()

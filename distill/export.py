@@ -96,7 +96,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        facts["sampler"] = Sampler(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["sampler"].items()})
+        facts["sampler"] = Sampler.from_json(facts["sampler"])
         return dict(facts)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): export the student again") from None

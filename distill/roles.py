@@ -93,7 +93,8 @@ class Adapters:
 
         self.settings, self.backbone = settings, backbone
         self.targets = lora_targets(backbone, settings.targets)
-        config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=self.targets, init_lora_weights=True)
+        alpha: Any = settings.alpha  # PEFT divides it by the rank: a fraction is fine, whatever the annotation says
+        config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=self.targets, init_lora_weights=True)
         backbone.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
@@ -169,18 +170,18 @@ def build_roles(
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
         adapters = Adapters(denoiser.backbone, lora, wanted)
         teacher.denoiser.use = adapters.use(None)
-        return Roles(denoiser, **{r: _role(denoiser, denoiser.backbone, adapters.use(r), adapters.named_parameters(r)) for r in wanted}), adapters
-    made: dict[str, Any] = {}
+        made: dict[str, Any] = {
+            r: BackboneDenoiser(denoiser.backbone, denoiser.schedule, denoiser.kind, denoiser.call, adapters.use(r), adapters.named_parameters(r))
+            for r in wanted
+        }
+        return Roles(denoiser, **made), adapters
+    made = {}
     for role in wanted:
         embed = guidance_embedding if role in ("student", "target") else 0
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed)
         backbone.requires_grad_(role != "target")
         made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call)
     return Roles(denoiser, **made), None
-
-
-def _role(teacher: BackboneDenoiser, backbone: nn.Module, use: Any, trained: dict[str, nn.Parameter]) -> BackboneDenoiser:
-    return BackboneDenoiser(backbone, teacher.schedule, teacher.kind, teacher.call, use, trained)
 
 
 def copy_backbone(backbone: nn.Module, call: Call, guidance_embedding: int = 0) -> tuple[nn.Module, Call]:

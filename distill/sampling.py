@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +40,14 @@ class Sampler:
             raise UserError(f"this student samples in 1 to {len(self.times)} steps, not {n}")
         return tuple(self.times[i * len(self.times) // n] for i in range(n))
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
-
     @classmethod
-    def load(cls, path: Path) -> Sampler:
-        try:
-            raw = json.loads(path.read_text())
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} does not hold a student's sampler settings: {error}") from None
+    def from_json(cls, facts: dict[str, Any]) -> Sampler:
+        """The inverse of ``dataclasses.asdict``, after a trip through JSON.
+
+        Raises:
+            TypeError: if the facts are not a sampler's.
+        """
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
 
 
 def uniform_ladder(steps: int, train_steps: int = 1000) -> tuple[float, ...]:

@@ -48,11 +48,12 @@ def parse(text: str, name: str) -> tuple[Any, dict[KeyPath, int]]:
                 key = str(loader.construct_object(key_node))  # type: ignore[no-untyped-call]
                 if key in mapping:
                     raise UserError(f"{name}:{key_node.start_mark.line + 1}: the key {key!r} is given twice")
-                lines[(*path, key)] = key_node.start_mark.line + 1
-                mapping[key] = build(value_node, (*path, key))
+                here = path + (key,)
+                lines[here] = key_node.start_mark.line + 1
+                mapping[key] = build(value_node, here)
             return mapping
         if isinstance(node, yaml.SequenceNode):
-            return [build(item, (*path, i)) for i, item in enumerate(node.value)]
+            return [build(item, path + (i,)) for i, item in enumerate(node.value)]
         if node.tag.endswith(":float") and _INTEGER.match(node.value):
             return int(node.value.replace("_", ""))
         try:

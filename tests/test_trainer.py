@@ -104,13 +104,10 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             assert parts[0].x0 is not None and parts[1].x0 is not None
             noise = torch.cat([p.noise for p in parts])
             batches = [Batch(noise, cat([p.condition for p in parts]), torch.cat([parts[0].x0, parts[1].x0]), 0.0)]
-        indices = torch.tensor([0, 1, 2, 3, 3, 2, 1, 0])
-        taken = 0
+        indices = iter([0, 1, 2, 3, 3, 2, 1, 0])
 
-        def fixed(n: int, shape: Any, **_: Any) -> torch.Tensor:
-            nonlocal taken
-            taken += shape[0]
-            return indices[taken - shape[0] : taken]
+        def fixed(n: int, shape: Any, indices: Any = indices, **_: Any) -> torch.Tensor:
+            return torch.tensor([next(indices) for _ in range(shape[0])])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randint", fixed)

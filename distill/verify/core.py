@@ -1,0 +1,97 @@
+"""A check: a measured number, the bound it must meet, and the ablation that must not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.methods.base import Batch, Method
+from distill.roles import Roles
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of ``distill verify``.
+
+    Args:
+        must_fail: the check is an ablation: the bound has to be missed.
+    """
+
+    subject: str
+    name: str
+    value: float
+    low: float
+    high: float
+    must_fail: bool = False
+    seconds: float = 0.0
+
+    @property
+    def within(self) -> bool:
+        return self.low <= self.value <= self.high
+
+    @property
+    def passed(self) -> bool:
+        return self.within != self.must_fail
+
+    @property
+    def bound(self) -> str:
+        if self.low == -float("inf"):
+            return f"≤ {self.high:.4g}"
+        return f"≥ {self.low:.4g}" if self.high == float("inf") else f"{self.low:.4g} … {self.high:.4g}"
+
+
+def at_most(subject: str, name: str, value: float, bound: float, must_fail: bool = False) -> Check:
+    return Check(subject, name, value, -float("inf"), bound, must_fail)
+
+
+def between(subject: str, name: str, value: float, low: float, high: float, must_fail: bool = False) -> Check:
+    return Check(subject, name, value, low, high, must_fail)
+
+
+def timed(checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks with the time that each took."""
+    while True:
+        start = time.perf_counter()
+        check = next(checks, None)
+        if check is None:
+            return
+        yield Check(**{**check.__dict__, "seconds": time.perf_counter() - start})
+
+
+def train(
+    method: Method, roles: Roles, batches: Callable[[int], Batch], steps: int, rates: Mapping[str, float],
+    betas: tuple[float, float] = (0.9, 0.999), decay: bool = True, average: float = 0.0,
+) -> list[Tensor]:
+    """Run a method's own update rule on small networks: the trainer's loop without its machinery.
+
+    Args:
+        batches: step → batch; rates: learning rate per role, decayed to zero if ``decay``.
+        average: EMA decay of the student's parameters, which are returned (the last ones, for 0).
+    """
+    parameters: dict[str, list[nn.Parameter]] = {role: roles.parameters(role) for role in rates}
+    optimizers = {role: torch.optim.Adam(p, rates[role], betas) for role, p in parameters.items()}
+    student = parameters["student"]
+    kept = [p.detach().clone() for p in student]
+    for step in range(steps):
+        for role, rate in rates.items():
+            optimizers[role].param_groups[0]["lr"] = rate * (1 - step / steps if decay else 1.0)
+        for names, loss, _ in method.step(roles, batches(step)):
+            names = (names,) if isinstance(names, str) else names
+            loss.backward(inputs=[p for name in names for p in parameters[name]])
+            for name in names:
+                optimizers[name].step()
+                optimizers[name].zero_grad(set_to_none=True)
+            if "student" in names:
+                torch._foreach_lerp_(kept, [p.detach() for p in student], 1 - average)
+                if roles.target is not None:
+                    torch._foreach_lerp_(list(roles.target.parameters()), [p.detach() for p in student], 1 - method.target_decay(step / steps))
+    return kept
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖."""
+    return float((value - truth).norm() / truth.norm())

@@ -8,7 +8,7 @@ import pytest
 from distill import yamltree
 from distill.config import dump, load_config, recipe, recipes, schema
 from distill.errors import UserError
-from distill.methods import DMD2
+from distill.methods.dmd2 import DMD2
 
 RECIPE = """\
 teacher:

@@ -117,11 +117,11 @@ def solver_step(
     if solver == "ddim":
         return x_s
     # Slopes at both ends in EDM's coordinates (x/alpha, sigma/alpha): dx/dsigma = (x − D)/sigma. At sigma = 0 no slope is
-    # defined and none is needed: the first-order step ends there.
+    # defined, and at alpha = 0 (zero terminal SNR) the coordinates are not: the first-order step stands there.
     (alpha_t, sigma_t), (alpha_s, sigma_s) = teacher.schedule.coefficients(x_t, t), teacher.schedule.coefficients(x_t, s)
     x0_s = teacher(x_s, s.clamp_min(teacher.schedule.t_min), condition)
     y_t, y_s, level_t, level_s = x_t / alpha_t, x_s / alpha_s, sigma_t / alpha_t, sigma_s / alpha_s
     slope = 0.5 * ((y_t - x0) / level_t + (y_s - x0_s) / level_s.clamp_min(1e-12))
     second = alpha_s * (y_t + (level_s - level_t) * slope)
-    usable = (level_s > 0) & torch.isfinite(level_t)
+    usable = (level_s > 0) & (level_t < 1e4)
     return torch.where(usable, second.to(x_s), x_s)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
+from distill.roles import average as move_average
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def train(
                 optimizers[name].step()
                 optimizers[name].zero_grad(set_to_none=True)
             if "student" in names:
-                torch._foreach_lerp_(kept, [p.detach() for p in student], 1 - average)
+                move_average(kept, student, average)
                 if roles.target is not None:
-                    torch._foreach_lerp_(list(roles.target.parameters()), [p.detach() for p in student], 1 - method.target_decay(step / steps))
+                    move_average(roles.target.parameters(), student, method.target_decay(step / steps))
     return kept
 
 

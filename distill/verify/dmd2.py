@@ -106,7 +106,7 @@ def gradient_checks(divergence: Divergence) -> Iterator[Check]:
     schedule = CosineVP()
     truth = true_gradient(divergence, schedule)
     torch.manual_seed(0)
-    counts, repeats = (1_000, 10_000, 100_000), (24, 16, 8)
+    counts, repeats = (1_000, 10_000, 100_000), (64, 32, 24)
     errors = [[relative_error(estimated_gradient(divergence, n, schedule), truth) for _ in range(r)] for n, r in zip(counts, repeats, strict=True)]
     rms = [math.sqrt(sum(e**2 for e in row) / len(row)) for row in errors]
     yield at_most("dmd2", f"{divergence} gradient against autograd, n = 1e5", rms[-1], 1e-2)

@@ -1,0 +1,57 @@
+"""``distill verify``: methods against closed forms, each with the ablation that must fail."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from distill.errors import UserError
+from distill.losses.divergence import DIVERGENCES
+from distill.methods import available, find_method
+from distill.verify import any_method, consistency, dmd2
+from distill.verify.core import Check, timed
+
+__all__ = ["Check", "checks", "run"]
+
+
+def checks(name: str, divergences: Sequence[str] | None = None) -> Iterator[Check]:
+    """The checks of one method: its own, where the toolkit has some, and those that hold for any method.
+
+    Raises:
+        UserError: for a method or divergence that there is not.
+    """
+    try:
+        method = find_method(name)
+    except KeyError as error:
+        close = difflib.get_close_matches(name, available(), 1)
+        reason = str(error.args[0]) if ":" in name else f"there is no method {name!r}"
+        raise UserError(reason + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(available())}")) from None
+    for divergence in divergences or ():
+        if divergence not in DIVERGENCES:
+            raise UserError(f"there is no divergence {divergence!r}; known: {', '.join(DIVERGENCES)}")
+    if name == "dmd2":
+        yield from timed(dmd2.checks(divergences))
+    elif name == "consistency":
+        yield from timed(consistency.checks())
+    if not divergences:
+        yield from timed(any_method.checks(name, method()))
+
+
+def run(methods: Sequence[str] | None = None, divergences: Sequence[str] | None = None) -> bool:
+    """Print every check as it is made; whether all passed."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    names = list(methods or (["dmd2"] if divergences else available()))
+    if divergences and names != ["dmd2"]:
+        raise UserError("--divergence is a setting of dmd2: distill verify dmd2 --divergence …")
+    passed = failed = 0
+    seconds = 0.0
+    for name in names:
+        for check in checks(name, divergences):
+            mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+            wanted = f"must miss {check.bound}" if check.must_fail else check.bound
+            console.print(f"{mark}  {check.subject:12} {check.name:78} {check.value:10.4g}   {wanted:22} {check.seconds:5.1f} s")
+            passed, failed, seconds = passed + check.passed, failed + (not check.passed), seconds + check.seconds
+    console.print(f"{passed} passed, {failed} failed in {seconds:.0f} s")
+    return failed == 0

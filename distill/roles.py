@@ -192,7 +192,7 @@ def copy_backbone(backbone: nn.Module, call: Call, guidance_embedding: int = 0) 
     config: Any = backbone.config
     if "time_cond_proj_dim" not in config or config["time_cond_proj_dim"] is not None:
         raise UserError(f"{type(backbone).__name__} has no room for a guidance embedding: fix method.guidance_scale")
-    made: Any = type(backbone).from_config({**config, "time_cond_proj_dim": guidance_embedding})  # type: ignore[attr-defined]
+    made: Any = type(backbone).from_config(config, time_cond_proj_dim=guidance_embedding)  # type: ignore[attr-defined]
     first = next(backbone.parameters())
     made.load_state_dict(backbone.state_dict(), strict=False)
     nn.init.zeros_(made.time_embedding.cond_proj.weight)

@@ -1,8 +1,8 @@
 """Any diffusers pipeline as a teacher, by recording the pipeline's own call of its backbone.
 
-The pipeline runs for two steps while hooks note what its backbone receives and what its scheduler does:
+The pipeline runs for a few steps while hooks note what its backbone receives and what its scheduler does:
 
-* the tensors that change between the two calls are the state and the time; everything else is the condition, already
+* the tensors that change between the calls are the state and the time; everything else is the condition, already
   encoded, masked and positioned by the pipeline itself;
 * the time's unit is the recorded time over ``scheduler.timesteps``;
 * a guided and an unguided call tell which half of the doubled batch is conditional: by equality, never assumed.
@@ -100,7 +100,7 @@ class Teacher:
             schedule, kind = from_scheduler(pipeline.scheduler)
         except ValueError as error:
             raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
-        self._recorded = self._record([self.placeholder()], steps=2, guidance=1.0)
+        self._recorded = self._record([self.placeholder()], steps=5, guidance=1.0)
         call, self.sample_shape = self._understand(self._recorded)
         self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
         self.guidance_free = not self._takes("guidance_scale")
@@ -148,10 +148,10 @@ class Teacher:
 
     def _understand(self, recording: Recording) -> tuple[Call, tuple[int, ...]]:
         """Which argument is the state and which the time, the time's unit, and what stays the same."""
-        first, second = recording.calls[:2]
+        first, *others = recording.calls  # some solvers visit a timestep twice: two calls would not do
         changed = [
             name for name, value in first.items()
-            if isinstance(value, Tensor) and not torch.equal(value.double(), torch.as_tensor(second[name]).double())
+            if isinstance(value, Tensor) and any(not torch.equal(value.double(), torch.as_tensor(o[name]).double()) for o in others)
         ]
         tensors = sorted(changed, key=lambda name: first[name].numel())
         if len(tensors) != 2 or first[tensors[0]].numel() != 1:

@@ -26,6 +26,7 @@ from distill.errors import UserError
 from distill.schedule import from_scheduler
 
 _BACKBONES = ("unet", "transformer", "prior")
+PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refuses fewer than four)
 
 
 class _Stop(Exception):
@@ -100,7 +101,7 @@ class Teacher:
             schedule, kind = from_scheduler(pipeline.scheduler)
         except ValueError as error:
             raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
-        self._recorded = self._record([self.placeholder()], steps=5, guidance=1.0)
+        self._recorded = self._record([self.placeholder()], guidance=1.0)
         call, self.sample_shape = self._understand(self._recorded)
         self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
         self.guidance_free = not self._takes("guidance_scale")
@@ -123,10 +124,10 @@ class Teacher:
 
     @torch.no_grad()
     def _record(
-        self, inputs: Sequence[Any], steps: int, guidance: float | None, stop_after: int | None = None,
+        self, inputs: Sequence[Any], guidance: float | None, stop_after: int | None = None,
         negative: Sequence[str] | None = None, **extra: Any,
     ) -> Recording:
-        arguments: dict[str, Any] = {"num_inference_steps": steps} | extra
+        arguments: dict[str, Any] = {"num_inference_steps": PROBE_STEPS} | extra
         if self.input_name is None:
             arguments["batch_size"] = len(inputs)
         else:
@@ -191,7 +192,7 @@ class Teacher:
             return 1
         probe = self.placeholder()
         plain = self._split(self._recorded.calls[0], 1)[0]
-        guided, null = self._split(self._record([probe], 1, 2.0, stop_after=1).calls[0], 1)
+        guided, null = self._split(self._record([probe], 2.0, stop_after=1).calls[0], 1)
         if null is None:
             return 1
         if all(torch.equal(guided[k], v) for k, v in plain.items()):
@@ -213,7 +214,7 @@ class Teacher:
         if self.input_name is None:
             return Condition()
         guidance = None if self.guidance_free else 2.0
-        recording = self._record(entries, 1, guidance, stop_after=1, negative=negative)
+        recording = self._record(entries, guidance, stop_after=1, negative=negative)
         values, null = self._split(recording.calls[0], len(entries))
         return Condition(values, null)
 

@@ -170,7 +170,7 @@ def _prepare(folder: Path, config: Config, resume: bool, overwrite: bool) -> Non
 
 
 #: Settings that a resumed run may change: they do not touch what is learnt.
-_FREE = ("output", "evaluate", "trainer.log_every", "trainer.sample_every", "trainer.sample_inputs", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.device", "trainer.compile")
+_FREE = ("output", "evaluate", "trainer.log_every", "trainer.sample_", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.device", "trainer.compile")
 
 
 def _same_run(folder: Path, config: Config) -> None:
@@ -185,7 +185,10 @@ def _same_run(folder: Path, config: Config) -> None:
     old, new = flat(before.model_dump(mode="json")), flat(config.model_dump(mode="json"))
     for key in old.keys() | new.keys():
         if old.get(key) != new.get(key) and not key.startswith(_FREE):
-            raise UserError(f"the run in {folder} has {key}: {old.get(key)}, the recipe has {new.get(key)}: resume it with its own recipe (distill train {folder} --resume)")
+            raise UserError(
+                f"the run in {folder} has {key}: {old.get(key)}, the recipe has {new.get(key)}: "
+                f"resume it with its own recipe (distill train {folder} --resume)"
+            )
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -225,8 +225,8 @@ def _model_for(tree: dict[str, Any]) -> tuple[type[Config] | None, list[tuple[ya
         return None, [(("method", "name"), reason + ("" if ":" in name else hint))]
     if ":" in name:  # a method of the user's own goes by its import path
         method = create_model(method.__name__, __base__=method, name=(str, name))
-    section_type: Any = method
-    return create_model("Config", __base__=Config, method=(section_type, ...)), []
+    fields: dict[str, Any] = {"method": (method, ...)}
+    return create_model("Config", __base__=Config, **fields), []
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[yamltree.KeyPath, str]:

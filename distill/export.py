@@ -21,7 +21,7 @@ from torch import nn
 from distill import __version__
 from distill.errors import UserError
 from distill.evaluate.generate import conditioned_on
-from distill.loading import SHIPPED_PIPELINES, shipped_pipeline
+from distill.loading import SHIPPED_PIPELINES, quiet, shipped_pipeline
 from distill.modelcard import license_of, model_card
 from distill.resources import find, resource
 from distill.sampling import Sampler
@@ -43,7 +43,8 @@ def export_diffusers(
     """
     with _writing(folder, overwrite) as temporary:
         pipeline = _assemble(student, _merged(student))
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        with quiet():
+            pipeline.save_pretrained(temporary, safe_serialization=True)
         own_code = type(pipeline).__name__ in SHIPPED_PIPELINES
         if own_code:
             _carry_code(temporary, type(pipeline).__name__)
@@ -203,8 +204,6 @@ def _reload(folder: Path, written: Any, student: Student, own_code: bool) -> Any
     changed = (student.teacher.backbone_name, "scheduler")
     kept = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
     extra: dict[str, Any] = {"trust_remote_code": True} if own_code else {}  # our own file, copied there a moment ago
-    from distill.loading import quiet
-
     with quiet():
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=student.denoiser.dtype, use_safetensors=True, **kept, **extra)
     pipeline.set_progress_bar_config(disable=True)

@@ -134,7 +134,8 @@ def _reason(error: Exception, path: Path) -> str:
     kind = type(error).__name__
     if path.is_dir() and not any(path.rglob("*.safetensors")) and any(path.rglob("*.bin")):
         return "it holds pickled weights (*.bin) only, which are never read; convert them to safetensors first"
-    if kind == "SafetensorError" or "safetensors" in text.lower() and "header" in text.lower():
+    damaged = "safetensors" in text.lower() and ("header" in text.lower() or "unable to load weights" in text.lower())
+    if kind == "SafetensorError" or damaged:
         return f"a weight file is corrupt or truncated ({text.splitlines()[0]}); fetch it again"
     offline = ("connect", "offline", "resolve", "couldn't find", "not a local folder", "max retries", "network")
     if not path.exists() and any(word in text.lower() for word in offline):

@@ -47,7 +47,8 @@ class Sampler:
         Raises:
             TypeError: if the facts are not a sampler's.
         """
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        return cls(**settings)
 
 
 def uniform_ladder(steps: int, train_steps: int = 1000) -> tuple[float, ...]:

@@ -76,7 +76,6 @@ def test_agrees_with_diffusers(zero_snr: bool) -> None:
     x0, noise = torch.randn(5, 3), torch.randn(5, 3)
     x_t = schedule.add_noise(x0, noise, t)
     torch.testing.assert_close(x_t, scheduler.add_noise(x0, noise, k), atol=1e-6, rtol=0)
-    torch.testing.assert_close(schedule.convert(x0, x_t, t, "x0", "v").float(), scheduler.get_velocity(x0, noise, k), atol=1e-5, rtol=1e-5) if not zero_snr else None
     v = scheduler.get_velocity(x0, noise, k)
     torch.testing.assert_close(schedule.convert(v, x_t, t, "v", "x0").float(), x0, atol=1e-5, rtol=0)
     assert float(schedule.alpha(torch.tensor(1.0))) == pytest.approx(float(scheduler.alphas_cumprod[-1].sqrt()), abs=1e-8)

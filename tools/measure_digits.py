@@ -75,6 +75,11 @@ def floors(train: Tensor, labels: Tensor, heldout: Tensor, count: int, repeats: 
     }
 
 
+def nearest(images: Tensor, train: Tensor) -> float:
+    """Median distance, over all pixels, of an image to the training image nearest to it: near 0 for copies."""
+    return torch.cdist(images.flatten(1), train.flatten(1)).min(1).values.median().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", type=Path, default=Path("assets/digits-teacher"))
@@ -91,6 +96,7 @@ def main() -> None:
     for name, distance in floors(train, train_labels, heldout, arguments.samples).items():
         print(f"{distance:7.3f}  {name}")
     print(f"{accuracy(network, heldout_images, heldout_labels):7.4f}  accuracy on the held-out images")
+    print(f"{nearest(heldout_images, train_images):7.3f}  from a held-out image to the nearest training image (median)")
     for steps in arguments.steps:
         for seed in arguments.seeds:
             images, labels = sample(arguments.teacher, arguments.samples, steps, arguments.guidance, seed)
@@ -101,9 +107,11 @@ def main() -> None:
             print(
                 f"teacher, {steps} steps, guidance {arguments.guidance:g}, seed {seed}: "
                 f"Fréchet to training {frechet_distance(fake, train):.3f}, to held-out "
-                f"{frechet_distance(fake, heldout):.3f}, kernel {1000 * kernel.mean:.2f}e-3 ± {1000 * kernel.std:.2f}e-3, "
+                f"{frechet_distance(fake, heldout):.3f}, "
+                f"kernel {1000 * kernel.mean:.2f}e-3 ± {1000 * kernel.std:.2f}e-3, "
                 f"accuracy {accuracy(network, images, labels):.4f}, precision {precision:.3f}, recall {recall:.3f}, "
-                f"density {density:.3f}, coverage {coverage:.3f}",
+                f"density {density:.3f}, coverage {coverage:.3f}, "
+                f"nearest training image {nearest(images, train_images):.3f}",
                 flush=True,
             )
 

@@ -3,7 +3,7 @@
     python tools/train_features.py --out assets/digits-features.safetensors
 
 A small classifier of the training images, made smooth rather than sure: small random shifts and noise, dropout, weight
-decay and smoothed labels. A classifier is surer of the images that it was trained on; the less so, the fairer the metric.
+decay and smoothed labels. A classifier is surer of the images that it was trained on; the less, the fairer the metric.
 """
 
 from __future__ import annotations

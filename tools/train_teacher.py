@@ -3,7 +3,7 @@
     python tools/train_teacher.py --out assets/digits-teacher --steps 5000
 
 A small UNet learns v = alpha noise − sigma x0 on the training part of the digits, class ids 0…9, 10 for "no class".
-The schedule is a cosine one rescaled to zero terminal SNR: at the last step the input is noise and nothing else, so that
+The schedule is a cosine one rescaled to zero terminal SNR: at the last step the input is nothing but noise, so that
 a one-step student starts from a network that answers there with x0 = −v, divided by nothing. The weights saved are the
 moving average; the loss on the held-out images is printed beside that on the training images, to see memorisation.
 """

@@ -1,8 +1,8 @@
 """The digits data set: the 1,797 real 8×8 scans of handwritten digits that scikit-learn carries.
 
-Grey levels 0…16 are scaled to [-1, 1]. The split is stratified and fixed: in each class, the fifth of the images with the
-smallest keys is held out, the keys being Python's own ``random.Random(seed).random()``, whose sequence for a given seed
-is guaranteed from version to version (that of a library's shuffle is not).
+Grey levels 0…16 are scaled to [-1, 1]. The split is stratified and fixed: in each class, the fifth of the images with
+the smallest keys is held out, the keys being Python's own ``random.Random(seed).random()``, whose sequence for a given
+seed is guaranteed from version to version (that of a library's shuffle is not).
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
 (CC BY 4.0).

@@ -47,7 +47,7 @@ class DigitsNet(nn.Module):
         self.register_buffer("std", torch.ones(FEATURES))
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 64) standardised features of (N, 1, 8, 8) images in [-1, 1]; values outside are clamped, as when saved."""
+        """(N, 64) standardised features of (N, 1, 8, 8) images in [-1, 1]; others are clamped, as when saved."""
         return (self.body(images.float().clamp(-1, 1)) - self.mean) / self.std
 
     def logits(self, images: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Distances between two sets of features: pure functions of (N, D) tensors, computed in float64.
 
-    Fréchet      |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½)                          Heusel et al. 2017, arXiv 1706.08500
-    kernel       MMD² with k(x, y) = (x·y / D + 1)³, unbiased                     Bińkowski et al. 2018, arXiv 1801.01401
-    precision    share of b inside the k-NN balls of a, and recall the reverse    Kynkäänniemi et al. 2019, arXiv 1904.06991
-    density, coverage   the same balls counted so that outliers weigh less        Naeem et al. 2020, arXiv 2002.09797
+    Fréchet      |μa − μb|² + tr(Σa + Σb − 2 (Σa Σb)^½)                         Heusel et al. 2017, arXiv 1706.08500
+    kernel       MMD² with k(x, y) = (x·y / D + 1)³, unbiased                    Bińkowski et al. 2018, arXiv 1801.01401
+    precision    share of b inside the k-NN balls of a, and recall the reverse   Kynkäänniemi 2019, arXiv 1904.06991
+    density, coverage   the same balls counted so that outliers weigh less       Naeem et al. 2020, arXiv 2002.09797
 
-Which network makes the features decides what the numbers mean; none of them may be compared across networks. The Fréchet
-distance of finite samples is biased upwards by about 1/N, so compare only numbers of equal sample counts; the kernel
-distance has no such bias.
+Which network makes the features decides what the numbers mean; none of them may be compared across networks. The
+Fréchet distance of finite samples is biased upwards by about 1/N, so compare only numbers of equal sample counts; the
+kernel distance has no such bias.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density: real k-NN balls that hold a fake sample, counted and divided by k; coverage: share of balls that hold one.
+    """Density: real k-NN balls that hold a fake sample, counted, over k; coverage: share of balls that hold one.
 
     Naeem et al. 2020, eqs. 4–5. Density is 1 in expectation for equal distributions and may exceed 1.
     """

@@ -137,7 +137,8 @@ def clip_score(images: Images, context: Context) -> Numbers:
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(CLIP_MODEL, CLIP_WEIGHTS, device=context.device)
     except Exception as error:  # hub, network and cache errors of three libraries
-        raise UserError(f"clip-score needs {CLIP_MODEL} of {CLIP_WEIGHTS}, which could not be downloaded from here ({type(error).__name__}): go online once") from None
+        reason = type(error).__name__
+        raise UserError(f"clip-score needs {CLIP_MODEL} of {CLIP_WEIGHTS}, which could not be downloaded from here ({reason}): go online once") from None
     tokenizer, total = open_clip.get_tokenizer(CLIP_MODEL), 0.0
     for start in range(0, len(images.inputs), 64):
         pictures = torch.stack([preprocess(to_pil_image(i)) for i in images.images[start : start + 64]]).to(context.device)

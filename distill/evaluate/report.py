@@ -22,7 +22,8 @@ h1{font-size:26px;margin:0}h2{font-size:18px;margin:36px 0 10px}p.sub{color:var(
 table{border-collapse:collapse;width:100%}th,td{padding:7px 12px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;font-weight:600}th{color:var(--soft);font-weight:500}.scroll{overflow-x:auto}
 img{max-width:100%;border:1px solid var(--line);border-radius:6px;background:#fff}pre{background:var(--panel);padding:14px;border-radius:6px;overflow-x:auto}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:14px}figure{margin:0;background:var(--panel);border-radius:6px;padding:10px 12px}
+.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:14px}
+figure{margin:0;background:var(--panel);border-radius:6px;padding:10px 12px}
 figcaption{font-size:13px;color:var(--soft);display:flex;justify-content:space-between}svg{width:100%;height:110px;display:block}
 polyline{fill:none;stroke:var(--accent);stroke-width:1.6;vector-effect:non-scaling-stroke}polyline.raw{opacity:.25;stroke-width:1}
 """
@@ -43,7 +44,8 @@ def write_report(folder: Path, title: str, rows: Sequence[dict[str, Any]], pictu
         parts.append(f"<h2>Training</h2><div class=curves>{curves}</div>")
     parts.append(f"<h2>Load the student</h2><pre>{html.escape(load)}</pre>")
     parts.append(f"<h2>Recipe</h2><pre>{html.escape(recipe)}</pre>")
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    page = f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

@@ -34,7 +34,7 @@ def checks(name: str, divergences: Sequence[str] | None = None) -> Iterator[Chec
     elif name == "consistency":
         yield from timed(consistency.checks())
     if not divergences:
-        yield from timed(any_method.checks(name, method()))
+        yield from timed(any_method.checks(name, method(name=name)))
 
 
 def run(methods: Sequence[str] | None = None, divergences: Sequence[str] | None = None) -> bool:

@@ -129,7 +129,7 @@ def _measure(config: Config, folder: Path, device: str) -> list[dict[str, Any]]:
         entries.append(Entry(f"student, {steps} step{'s' * (steps > 1)}", distilled, steps, guidance))
     say(f"measuring {', '.join(section.metrics)} on {section.samples:,} samples of {len(entries)} samplers")
     return evaluation.evaluate(
-        entries, section.metrics, samples=section.samples, batch_size=section.batch_size, seed=config.seed, prompts=prompts,
+        entries, section.metrics, samples=section.samples, batch_size=section.batch_size, seed=section.seed, prompts=prompts,
         context=Context(device=device),
     )
 
@@ -170,7 +170,9 @@ def _prepare(folder: Path, config: Config, resume: bool, overwrite: bool) -> Non
 
 
 #: Settings that a resumed run may change: they do not touch what is learnt.
-_FREE = ("output", "evaluate", "trainer.log_every", "trainer.sample_", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.device", "trainer.compile")
+_FREE = (
+    "output", "evaluate", "trainer.log_every", "trainer.sample_", "trainer.checkpoint_every", "trainer.keep_checkpoints", "trainer.device", "trainer.compile"
+)
 
 
 def _same_run(folder: Path, config: Config) -> None:

@@ -99,10 +99,11 @@ class Trainer(Section):
 
 
 class Evaluate(Section):
-    """What is measured at the end, on the exported student and on the teacher."""
+    """What is measured at the end, on the exported student and on the teacher, from equal noise."""
 
     metrics: list[str] = []  #: none: no evaluation
     samples: Positive = 5000
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  #: of that noise; apart from the run's seed, so that runs compare
     batch_size: Positive = 250
     steps: list[Positive] | None = None  #: numbers of student steps; the method's own if not given
     prompts: Path | None = None  #: for text pipelines: a file of prompts
@@ -225,8 +226,8 @@ def _model_for(tree: dict[str, Any]) -> tuple[type[Config] | None, list[tuple[ya
         return None, [(("method", "name"), reason + ("" if ":" in name else hint))]
     if ":" in name:  # a method of the user's own goes by its import path
         method = create_model(method.__name__, __base__=method, name=(str, name))
-    fields: dict[str, Any] = {"method": (method, ...)}
-    return create_model("Config", __base__=Config, **fields), []
+    section: Any = method
+    return create_model("Config", __base__=Config, **{"method": (section, ...)}), []  # type: ignore[call-overload]
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[yamltree.KeyPath, str]:

@@ -95,7 +95,7 @@ def test_crop_scale_and_transparency(tmp_path: Path) -> None:
     picture[:, 8:32] = 255  # the centre is white
     Image.fromarray(picture).save(tmp_path / "wide.png")
     image = read_image(tmp_path / "wide.png", (3, 10, 10))
-    assert image.shape == (3, 10, 10) and float(image.min()) == 1.0
+    assert image.shape == (3, 10, 10) and float(image.min()) > 0.98
     save(tmp_path / "clear.png", mode="RGBA", value=0)
     assert float(read_image(tmp_path / "clear.png", (3, 8, 8)).mean()) == 1.0  # transparent is white
 

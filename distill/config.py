@@ -204,7 +204,8 @@ def schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors."""
     methods = tuple(available().values())
     union: Any = Union[methods] if len(methods) > 1 else methods[0]  # noqa: UP007 - built at run time
-    return create_model("Recipe", __base__=Config, method=(Annotated[union, Field(discriminator="name")], ...)).model_json_schema()
+    section: Any = Annotated[union, Field(discriminator="name")]
+    return create_model("Recipe", __base__=Config, method=(section, ...)).model_json_schema()
 
 
 # -- errors -------------------------------------------------------------------------------------------------------------
@@ -226,8 +227,7 @@ def _model_for(tree: dict[str, Any]) -> tuple[type[Config] | None, list[tuple[ya
         return None, [(("method", "name"), reason + ("" if ":" in name else hint))]
     if ":" in name:  # a method of the user's own goes by its import path
         method = create_model(method.__name__, __base__=method, name=(str, name))
-    section: Any = method
-    return create_model("Config", __base__=Config, **{"method": (section, ...)}), []  # type: ignore[call-overload]
+    return create_model("Config", __base__=Config, method=(method, ...)), []
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[yamltree.KeyPath, str]:

@@ -47,7 +47,7 @@ def export_diffusers(
             pipeline.save_pretrained(temporary, safe_serialization=True)
         own_code = type(pipeline).__name__ in SHIPPED_PIPELINES
         if own_code:
-            _carry_code(temporary, type(pipeline).__name__)
+            carry_code(temporary, type(pipeline).__name__)
         _write_facts(temporary, student, method, teacher_name, "diffusers")
         load = _load_code(student, folder, own_code)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, False, metrics), encoding="utf-8")
@@ -171,7 +171,7 @@ def _without_adapters(student: Student, merge: bool) -> nn.Module:
     return backbone.requires_grad_(False)
 
 
-def _carry_code(folder: Path, class_name: str) -> None:
+def carry_code(folder: Path, class_name: str) -> None:
     """Copy the pipeline's file into the folder and name it in model_index.json, as diffusers expects."""
     stem = SHIPPED_PIPELINES[class_name]
     shutil.copyfile(resource(f"pipelines/{stem}.py"), folder / f"{stem}.py")

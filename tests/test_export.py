@@ -12,6 +12,8 @@ from tiny import perturb, tiny_stable_diffusion, tiny_unet2d, unet2d
 
 from distill.errors import UserError
 from distill.export import call_guidance, export_diffusers, export_lora, read_facts
+from distill.loading import load_pipeline
+from distill.resources import resource
 from distill.roles import LoRA, build_roles
 from distill.sampling import Sampler, uniform_ladder
 from distill.student import Student
@@ -180,3 +182,14 @@ def test_facts_and_card(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="damaged"):
         read_facts(tmp_path / "student")
     assert read_facts(tmp_path) is None
+
+
+def test_the_shipped_teacher_carries_the_current_pipeline_file() -> None:
+    """assets/digits-teacher is loadable by plain diffusers: its copy of the file is the one that the toolkit ships."""
+    folder = resource("assets/digits-teacher")
+    assert (folder / "unet2d.py").read_bytes() == resource("pipelines/unet2d.py").read_bytes()
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    ours = load_pipeline("assets/digits-teacher")([0, 1], num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert (images - ours).abs().max() <= 1e-6

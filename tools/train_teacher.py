@@ -20,6 +20,8 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import Tensor
 
 from distill.data.digits import CLASSES, NULL_CLASS, Split, load_digits
+from distill.export import carry_code
+from distill.loading import shipped_pipeline
 
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
@@ -119,8 +121,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     unet, scheduler = train(arguments.steps, arguments.seed)
-    unet.save_pretrained(arguments.out / "unet", safe_serialization=True)
-    scheduler.save_pretrained(arguments.out / "scheduler")
+    pipeline = shipped_pipeline("UNet2DPipeline")(unet, scheduler, num_inference_steps=50, guidance_scale=1.0, null_class=NULL_CLASS)
+    pipeline.save_pretrained(arguments.out, safe_serialization=True)
+    carry_code(arguments.out, "UNet2DPipeline")
     print(f"wrote {arguments.out} ({sum(p.numel() for p in unet.parameters()):,} parameters)")
 
 

@@ -1,4 +1,4 @@
-"""A pixel-space pipeline for a `UNet2DModel`, unconditional or class-conditional. Needs diffusers alone.
+"""A pixel-space pipeline for a `UNet2DModel`, unconditional or class-conditional. Needs diffusers alone (and peft, for LoRAs).
 
 Load it with
 
@@ -11,9 +11,18 @@ LCM scheduler, which re-noises at the trained timesteps).
 
 from __future__ import annotations
 
+import os
+import re
+
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file
+
+try:
+    from peft import LoraConfig, inject_adapter_in_model
+except ImportError:  # only load_lora_weights needs it
+    LoraConfig = inject_adapter_in_model = None
 
 
 class UNet2DPipeline(DiffusionPipeline):
@@ -35,6 +44,31 @@ class UNet2DPipeline(DiffusionPipeline):
         self.register_to_config(
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, null_class=null_class
         )
+
+    def load_lora_weights(self, folder):
+        """Put a LoRA on the backbone: `pytorch_lora_weights.safetensors` of a folder (a path), at its trained strength.
+
+        Sample then with the scheduler that lies beside it:
+        `pipe.scheduler = LCMScheduler.from_pretrained(folder, subfolder="scheduler")`.
+        """
+        if LoraConfig is None:
+            raise ImportError("load_lora_weights needs peft: pip install peft")
+        weights = load_file(os.path.join(folder, "pytorch_lora_weights.safetensors"))
+        weights = {name.removeprefix("unet."): value for name, value in weights.items()}
+        down = {name.removesuffix(".lora_A.weight"): value for name, value in weights.items() if ".lora_A." in name}
+        config = LoraConfig(
+            r=1, lora_alpha=1, target_modules=sorted(down), init_lora_weights=False,
+            rank_pattern={f"^{re.escape(name)}$": len(value) for name, value in down.items()},
+            alpha_pattern={f"^{re.escape(name)}$": len(value) for name, value in down.items()},
+        )
+        inject_adapter_in_model(config, self.unet, adapter_name="default")
+        own = {name: p for name, p in self.unet.named_parameters() if ".lora_" in name}
+        given = {re.sub(r"(lora_[AB])\.", r"\1.default.", name): value for name, value in weights.items()}
+        if own.keys() != given.keys():
+            raise ValueError(f"the LoRA does not fit this backbone: {sorted(own.keys() ^ given.keys())[:3]} …")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(given[name]).requires_grad_(False)
 
     @torch.no_grad()
     def __call__(

@@ -64,7 +64,8 @@ def test_sample_eval_and_export() -> None:
 
 
 def test_lora_from_recipe_to_adapter() -> None:
-    assert main([*small("quickstart"), "--set", "student={weights: lora, lora: {rank: 4, alpha: 2}, ema: 0.5}", "--set", "output.export=[diffusers, lora]"]) == 0
+    lora = ["student={weights: lora, lora: {rank: 4, alpha: 2}, ema: 0.5}", "output.export=[diffusers, lora]"]
+    assert main([*small("quickstart"), *(a for s in lora for a in ("--set", s))]) == 0
     merged = DiffusionPipeline.from_pretrained("runs/quickstart/student", trust_remote_code=True)
     adapted = DiffusionPipeline.from_pretrained(str(ROOT / "assets/digits-teacher"), trust_remote_code=True)
     adapted.load_lora_weights("runs/quickstart/lora")
@@ -73,6 +74,7 @@ def test_lora_from_recipe_to_adapter() -> None:
     assert (a - b).abs().max() <= 1e-4
 
 
+LORA = "student={weights: lora, lora: {rank: 2}}"
 SD = """\
 teacher: {pipeline: sd, steps: 4, guidance_scale: 4.0}
 student: {ema: 0.5}
@@ -96,9 +98,9 @@ def sd_pieces() -> None:
     ("method", "extra"),
     [
         ("{name: dmd2, steps: 2, critic_steps: 1, guidance_scale: 4.0, divergence: jensen_shannon, gan: {features: critic, layers: [mid_block]}}", []),
-        ("{name: dmd2, steps: 4, critic_steps: 1, guidance_scale: 4.0}", ["data={source: prompts, path: prompts.txt}", "student={weights: lora, lora: {rank: 2}}"]),
+        ("{name: dmd2, steps: 4, critic_steps: 1, guidance_scale: 4.0}", ["data={source: prompts, path: prompts.txt}", LORA]),
         ("{name: consistency, guidance_range: [2.0, 8.0], guidance_embedding_width: 32, discretization: [4, 8]}", []),
-        ("{name: consistency, guidance_scale: 3.0, target: stop_gradient, discretization: [4, 8]}", ["student={weights: lora, lora: {rank: 2}}"]),
+        ("{name: consistency, guidance_scale: 3.0, target: stop_gradient, discretization: [4, 8]}", [LORA]),
     ],
 )
 def test_stable_diffusion_from_recipe_to_stock_pipeline(method: str, extra: list[str]) -> None:
@@ -106,7 +108,7 @@ def test_stable_diffusion_from_recipe_to_stock_pipeline(method: str, extra: list
     Path("prompts.txt").write_text("a red apple\na blue car\n")
     Path("recipe.yaml").write_text(SD.replace("METHOD", method))
     arguments: list[str] = ["train", "recipe.yaml", *(a for e in extra for a in ("--set", e))]
-    if any("lora" in e for e in extra):
+    if LORA in extra:
         arguments += ["--set", "output.export=[diffusers, lora]"]
     assert main(arguments) == 0
     pipeline = DiffusionPipeline.from_pretrained("run/student")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def train(
     """Run a method's own update rule on small networks: the trainer's loop without its machinery.
 
     Args:
-        batches: step → batch; rates: learning rate per role, decayed to zero if ``decay``.
+        batches: step → batch (its progress is set here); rates: learning rate per role, decayed to zero if ``decay``.
         average: EMA decay of the student's parameters, which are returned (the last ones, for 0).
     """
     parameters: dict[str, list[nn.Parameter]] = {role: roles.parameters(role) for role in rates}
@@ -80,7 +80,7 @@ def train(
     for step in range(steps):
         for role, rate in rates.items():
             optimizers[role].param_groups[0]["lr"] = rate * (1 - step / steps if decay else 1.0)
-        for names, loss, _ in method.step(roles, batches(step)):
+        for names, loss, _ in method.step(roles, replace(batches(step), progress=step / steps)):
             names = (names,) if isinstance(names, str) else names
             loss.backward(inputs=[p for name in names for p in parameters[name]])
             for name in names:

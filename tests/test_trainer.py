@@ -195,7 +195,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "distill", "train", str(recipe)]
     for attempt in range(12):
         process = subprocess.Popen(command + (["--resume"] if broken.exists() else []), stderr=subprocess.PIPE, text=True)
-        if attempt < 4:
+        if attempt < 3:
             deadline = time.monotonic() + 60
             start = len(rows(broken))
             while process.poll() is None and len(rows(broken)) <= start and time.monotonic() < deadline:

@@ -40,11 +40,33 @@ def bare_step(trainer: Trainer) -> Callable[[int], None]:
     size, gan = config.trainer.batch_size, method.gan
     caught: dict[str, Tensor] = {}
     watched = (critic if gan is not None and gan.features == "critic" else teacher) if gan else None
-    handles = [
-        watched.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: caught.__setitem__(n, out[0] if isinstance(out, tuple) else out))
-        for n in (gan.layers if gan else ())
-    ] if watched is not None else []
-    del handles
+
+    class Enough(Exception):
+        pass
+
+    def judge(x: Tensor, labels: Tensor) -> Tensor:
+        """Logits from the hidden features, the rest of the network left out: as lean as a person would write it."""
+        assert gan is not None and watched is not None and roles.discriminator is not None
+        k, alpha, sigma = levels(*gan.times)
+        k, alpha, sigma = (c.repeat(len(x) // size, *[1] * (c.dim() - 1)) for c in (k, alpha, sigma))
+
+        def catch(name: str) -> Callable[..., None]:
+            def hook(module: object, arguments: object, out: object) -> None:
+                caught[name] = out[0] if isinstance(out, tuple) else out  # type: ignore[assignment]
+                if len(caught) == len(gan.layers):
+                    raise Enough
+
+            return hook
+
+        caught.clear()
+        hooks = [watched.get_submodule(name).register_forward_hook(catch(name)) for name in gan.layers]
+        try:
+            watched(alpha * x + sigma * torch.randn_like(x), k, class_labels=labels, return_dict=False)
+        except Enough:
+            pass
+        for hook in hooks:
+            hook.remove()
+        return roles.discriminator(caught)
 
     def levels(low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
         k = (torch.rand(size) * (high - low) + low).mul(999).long()
@@ -52,12 +74,6 @@ def bare_step(trainer: Trainer) -> Callable[[int], None]:
 
     def generate(noise: Tensor, labels: Tensor) -> Tensor:
         return -student(noise, torch.full((size,), 999.0), class_labels=labels, return_dict=False)[0]
-
-    def judge(x: Tensor, labels: Tensor) -> Tensor:
-        assert gan is not None and watched is not None and roles.discriminator is not None
-        k, alpha, sigma = levels(*gan.times)
-        watched(alpha * x + sigma * torch.randn_like(x), k, class_labels=labels, return_dict=False)
-        return roles.discriminator({n: caught[n] for n in gan.layers})
 
     def update(role: str, loss: Tensor) -> None:
         parameters = trainer.parameters[role]
@@ -95,7 +111,7 @@ def bare_step(trainer: Trainer) -> Callable[[int], None]:
                 continue
             if gan.features == "teacher":
                 update("critic", loss)
-            fake_logits, real_logits = judge(x, labels), judge(x0, labels)
+            fake_logits, real_logits = judge(torch.cat([x, x0]), torch.cat([labels, labels])).chunk(2)
             adversarial = F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
             if gan.features == "critic":
                 joint = trainer.parameters["critic"] + trainer.parameters["discriminator"]

@@ -66,10 +66,8 @@ def _picture(picture: Image.Image) -> str:
 
 def _curves(rows: Sequence[dict[str, Any]]) -> str:
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "step"]
-    # A loss and its own name among the logs (critic/loss, critic/critic) are one curve.
-    shown = [n for n in names if not (n.split("/")[0] == n.split("/")[-1] and f"{n.split('/')[0]}/loss" in names)]
     figures = []
-    for name in shown:
+    for name in names:
         points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
         if len(points) > 1:
             figures.append(_curve(name, points))

@@ -91,7 +91,7 @@ class Consistency(Method):
             target = consistency_function(roles.target or roles.student, x_s, s, condition)
         distance = METRICS[self.metric](roles.student(x_t, t, condition), target)
         weight = 1.0 if self.weighting == "uniform" else float(n)  # the grid is even: 1/(t − s) = N
-        yield "student", weight * distance.mean(), {"consistency": distance.detach().mean(), "intervals": float(n)}
+        yield "student", weight * distance.mean(), {"intervals": float(n)}
 
     def _told(self, batch: Batch) -> Condition:
         """The condition with a random guidance scale per sample, where the student is told it."""

@@ -171,22 +171,20 @@ class DMD2(Method):
         assert roles.critic is not None
         t = uniform_times(x, *self.critic_times)
         loss = denoising_loss(roles.critic, x, t, batch.condition)
-        logs: dict[str, Tensor | float] = {"critic": loss.detach()}
         if self.gan is None:
-            yield "critic", loss, logs
-            return
-        if self.gan.features == "critic":  # the critic's body learns from both losses
-            adversarial = self._adversarial(roles, batch, x, logs)
+            yield "critic", loss, {}
+        elif self.gan.features == "critic":  # the critic's body learns from both losses
+            adversarial, accuracy = self._adversarial(roles, batch, x)
+            logs = {"denoising": loss.detach(), "adversarial": adversarial.detach(), "accuracy": accuracy}
             yield ("critic", "discriminator"), loss + self.gan.discriminator_weight * adversarial, logs
         else:
-            yield "critic", loss, logs
-            logs = {}
-            adversarial = self._adversarial(roles, batch, x, logs)
-            yield "discriminator", adversarial, logs
+            yield "critic", loss, {}
+            adversarial, accuracy = self._adversarial(roles, batch, x)
+            yield "discriminator", adversarial, {"accuracy": accuracy}
 
-    def _adversarial(self, roles: Roles, batch: Batch, x: Tensor, logs: dict[str, Tensor | float]) -> Tensor:
-        """The discriminator's logistic loss on student samples against real ones, both noised, and approximate R1: the
-        logits' change under a small nudge of the real samples, at the same noise."""
+    def _adversarial(self, roles: Roles, batch: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's logistic loss on student samples against real ones, both noised, with approximate R1 (the
+        logits' change under a small nudge of the real samples, at the same noise); and its accuracy."""
         assert self.gan is not None and batch.x0 is not None
         t, noise = uniform_times(x, *self.gan.times), torch.randn_like(x)
         clean, told = [x, batch.x0], [batch.condition] * 2
@@ -196,11 +194,10 @@ class DMD2(Method):
         logits = self._logits(roles, torch.cat(clean), cat(told), t.repeat(n), noise.repeat(n, *[1] * (x.dim() - 1)))
         fake, real = logits[: len(x)], logits[len(x) : 2 * len(x)]
         loss = discriminator_loss(real, fake)
-        logs["discriminator"] = loss.detach()
-        logs["discriminator_accuracy"] = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+        accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         if self.gan.r1:
             loss = loss + self.gan.r1 * (logits[2 * len(x) :] - real).square().mean()
-        return loss
+        return loss, accuracy
 
     def _logits(self, roles: Roles, x: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Tensor:
         """Logits of clean samples noised to t; differentiable in x and in the network whose features are judged."""

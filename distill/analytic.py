@@ -42,7 +42,7 @@ class GaussianMixture(Denoiser):
         self.log_weights = (weights / weights.sum()).double().log()
 
     def _parts(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(log w_k N(x; …) (batch, K), posterior means (batch, K, d), precisions are inside)."""
+        """(log w_k N(x_t; alpha mu_k, variance), (batch, K); posterior means and variances of x_t, (batch, K, d))."""
         alpha, sigma = (expand_to(c.expand(len(x_t)), torch.empty(1, 1, 1)) for c in self.schedule.alpha_sigma(double(t)))
         variance = (alpha * self.stds) ** 2 + sigma**2
         residual = double(x_t)[:, None] - alpha * self.means
@@ -129,6 +129,19 @@ class AffineGenerator(Denoiser):
         return GaussianMixture(self.schedule, self.mean[None], self.std.abs()[None])
 
 
+class ExactMap(Denoiser):
+    """The consistency function that has converged: a Gaussian's exact flow map from t to data."""
+
+    kind: Kind = "x0"
+
+    def __init__(self, teacher: GaussianMixture) -> None:
+        self.teacher, self.schedule = teacher, teacher.schedule
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
+        t = double(t).expand(len(x_t))
+        return Prediction(self.teacher.flow_map(x_t, t, torch.zeros_like(t)), "x0", x_t, t, self.schedule)
+
+
 class ExactCritic(Denoiser):
     """The critic that has converged: at every call the exact denoiser of an affine generator's samples."""
 
@@ -143,16 +156,20 @@ class ExactCritic(Denoiser):
 
 
 class ExactRatio(nn.Module):
-    """The discriminator that has converged: logit = log p_t(x_t) − log q_t(x_t), from the features (x_t, t)."""
+    """The discriminator that has converged: logit = log p_t(x_t) − log q_t(x_t), from the features (x_t, t).
 
-    def __init__(self, teacher: GaussianMixture, generator: AffineGenerator) -> None:
+    Args:
+        upside_down: the negative, log q_t/p_t (an ablation).
+    """
+
+    def __init__(self, teacher: GaussianMixture, generator: AffineGenerator, upside_down: bool = False) -> None:
         super().__init__()
-        self.teacher, self.generator = teacher, generator
+        self.teacher, self.generator, self.sign = teacher, generator, -1 if upside_down else 1
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         state = next(iter(features.values()))
         x_t, t = state[:, :-1], state[:, -1]
-        return self.teacher.log_density(x_t, t) - self.generator.law().log_density(x_t, t)
+        return self.sign * (self.teacher.log_density(x_t, t) - self.generator.law().log_density(x_t, t))
 
 
 class MLPDenoiser(Denoiser, nn.Module):  # type: ignore[misc]
@@ -162,13 +179,14 @@ class MLPDenoiser(Denoiser, nn.Module):  # type: ignore[misc]
 
     Args:
         width: of its three hidden layers.
+        skip: False leaves out the term c_skip x: a network whose output at t = 0 is nothing in particular.
     """
 
     kind: Kind = "x0"
 
-    def __init__(self, schedule: NoiseSchedule, dim: int, width: int = 128, data_std: float = 1.0) -> None:
+    def __init__(self, schedule: NoiseSchedule, dim: int, width: int = 128, data_std: float = 1.0, skip: bool = True) -> None:
         nn.Module.__init__(self)
-        self.schedule, self.data_std = schedule, data_std
+        self.schedule, self.data_std, self.skip = schedule, data_std, skip
         layers: list[nn.Module] = []
         for i in range(3):
             layers += [nn.Linear(dim + 8 if i == 0 else width, width), nn.SiLU()]
@@ -180,13 +198,19 @@ class MLPDenoiser(Denoiser, nn.Module):  # type: ignore[misc]
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         return self.predict(x_t, t, condition).x0
 
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        """c_in x beside an embedding of the noise level, (batch, dim + 8)."""
+        alpha, sigma = (c.float() for c in self.schedule.coefficients(x_t, t))
+        level = torch.atan2(sigma, alpha)
+        embedding = torch.cat([f(level * k) for k in (1.0, 2.0, 4.0, 8.0) for f in (torch.sin, torch.cos)], 1)
+        return torch.cat([x_t / ((alpha * self.data_std) ** 2 + sigma**2).sqrt(), embedding], 1)
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
         t = t.expand(len(x_t))
         alpha, sigma = (c.float() for c in self.schedule.coefficients(x_t, t))
         variance = (alpha * self.data_std) ** 2 + sigma**2
-        level = torch.atan2(sigma, alpha)
-        embedding = torch.cat([f(level * k) for k in (1.0, 2.0, 4.0, 8.0) for f in (torch.sin, torch.cos)], 1)
-        out = self.net(torch.cat([x_t / variance.sqrt(), embedding], 1))
-        x0 = alpha * self.data_std**2 / variance * x_t + self.data_std * sigma / variance.sqrt() * out
+        x0 = self.net(self.inputs(x_t, t, condition))
+        if self.skip:
+            x0 = alpha * self.data_std**2 / variance * x_t + self.data_std * sigma / variance.sqrt() * x0
         state = torch.cat([x_t, t[:, None].to(x_t)], 1)
         return Prediction(x0, "x0", x_t, t, self.schedule, {name: state for name in features})

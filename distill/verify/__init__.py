@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 
+from pydantic import ValidationError
+
 from distill.errors import UserError
 from distill.losses.divergence import DIVERGENCES
-from distill.methods import available, find_method
+from distill.methods import Method, available, find_method
 from distill.verify import any_method, consistency, dmd2
 from distill.verify.core import Check, timed
 
@@ -34,7 +36,21 @@ def checks(name: str, divergences: Sequence[str] | None = None) -> Iterator[Chec
     elif name == "consistency":
         yield from timed(consistency.checks())
     if not divergences:
-        yield from timed(any_method.checks(name, method(name=name)))
+        yield from timed(any_method.checks(name, made(name, method)))
+
+
+def made(name: str, method: type[Method]) -> Method:
+    """The method with its default settings.
+
+    Raises:
+        UserError: if it has a setting without a default.
+    """
+    own = method.model_fields["name"]
+    try:
+        return method(name=name if own.is_required() else own.default)
+    except ValidationError as error:
+        wanting = ", ".join(".".join(map(str, e["loc"])) or e["msg"] for e in error.errors())
+        raise UserError(f"{name} cannot be checked: its default settings are not complete ({wanting})") from None
 
 
 def run(methods: Sequence[str] | None = None, divergences: Sequence[str] | None = None) -> bool:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
 
-from distill.analytic import MLPDenoiser, gaussian
+from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Denoiser
 from distill.losses.adversarial import Discriminator
 from distill.methods.base import Batch, Method
@@ -15,12 +14,13 @@ from distill.roles import Roles
 from distill.schedule import CosineVP
 from distill.verify.core import Check, at_most, train
 
+TEACHER = gaussian(CosineVP(), (0.5, -0.3), (0.6, 0.9))
 
-def toy_roles(method: Method) -> Roles:
+
+def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
     """A two-dimensional Gaussian teacher and MLPs for the roles that the method asks for."""
     torch.manual_seed(0)
-    schedule = CosineVP()
-    teacher = gaussian(schedule, (0.5, -0.3), (0.6, 0.9))
+    schedule = teacher.schedule
     networks: dict[str, MLPDenoiser] = {role: MLPDenoiser(schedule, 2, width=32, data_std=0.8) for role in method.roles}
     if "target" in networks:
         networks["target"].load_state_dict(networks["student"].state_dict())
@@ -30,41 +30,64 @@ def toy_roles(method: Method) -> Roles:
 
 
 def checks(subject: str, method: Method) -> Iterator[Check]:
-    """Its losses are finite, each update reaches the roles that it names and no other, and students come to resemble the
-    teacher's samples more than they did."""
+    """Its losses are finite, each update reaches the roles that it names and changes no other, no graph outlives the update
+    that follows it, and students come to resemble the teacher: the one that they were trained on."""
+    faults = step_faults(method)
+    yield at_most(subject, "losses that are not finite", faults["not finite"], 0)
+    yield at_most(subject, "parameters of the named roles that no gradient reaches", faults["unreached"], 0)
+    yield at_most(subject, "parameters of the target that a gradient reaches", faults["target reached"], 0)
+    yield at_most(subject, "parameters that an update changed without naming their role", faults["changed"], 0)
+    yield at_most(subject, "losses whose graph was built before the last update", faults["stale"], 0)
+
+    before = distance(toy_roles(method).student, TEACHER)
+    right, wrong = trained(method, TEACHER), trained(method, gaussian(TEACHER.schedule, (-0.8, 1.2), (0.3, 0.4)))
+    yield at_most(subject, "distance of the student's moments after 400 steps, over that before", distance(right, TEACHER) / before, 0.5)
+    yield at_most(subject, "ablation: the same after training on another teacher", distance(wrong, TEACHER) / before, 0.5, must_fail=True)
+
+
+def trained(method: Method, teacher: GaussianMixture, steps: int = 400, batch: int = 256) -> Denoiser:
+    """A small student of this teacher."""
+    roles = toy_roles(method, teacher)
+    rates = {role: 2e-3 for role in roles.trained()}
+    train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, rates, betas=(0.5, 0.99))
+    return roles.student
+
+
+def step_faults(method: Method) -> dict[str, int]:
+    """What is wrong in one step of the method, counted. After each yield the named roles are nudged in place, as a trainer
+    would: a loss whose graph still holds what they were cannot be differentiated any more."""
     roles = toy_roles(method)
-    assert isinstance(roles.teacher, Denoiser)
-    x0 = roles.teacher.sample(256)  # type: ignore[attr-defined]
-    batch = Batch(torch.randn(256, 2), Condition(), x0)
-    unreached, strays, bad = 0.0, 0.0, 0.0
-    everything = {role: roles.parameters(role) for role in roles.trained()}
+    batch = Batch(torch.randn(256, 2), Condition(), TEACHER.sample(256))
+    parameters = {role: roles.parameters(role) for role in ("student", "critic", "discriminator", "target")}
+    target = parameters["target"]
+    with torch.no_grad():
+        for p in target:  # a target that is the student itself would have gradients of zero
+            p.mul_(1.1)
+    faults = dict.fromkeys(("not finite", "unreached", "target reached", "changed", "stale"), 0)
+    kept = {role: [p.detach().clone() for p in group] for role, group in parameters.items()}
     for names, loss, _ in method.step(roles, batch):
         names = (names,) if isinstance(names, str) else names
-        bad += float(not torch.isfinite(loss).all())
-        own = [p for name in names for p in everything[name]]
-        for grad in torch.autograd.grad(loss, own, allow_unused=True, retain_graph=True):
-            unreached += float(grad is None or not bool(grad.any()))
-        others = [p for p in (roles.target.parameters() if roles.target is not None else ())]
-        grads = torch.autograd.grad(loss, others, allow_unused=True) if others else []
-        strays += sum(float(g is not None and bool(g.any())) for g in grads)
-    yield at_most(subject, "losses that are not finite", bad, 0.0)
-    yield at_most(subject, "parameters of the named roles that no gradient reaches", unreached, 0.0)
-    yield at_most(subject, "parameters of the target that a gradient reaches", strays, 0.0)
-
-    before = distance(roles.student, roles)
-    roles = toy_roles(method)
-    fresh = copy.deepcopy(roles.student)
-    rates = {role: 2e-3 for role in roles.trained()}
-    train(method, roles, lambda step: Batch(torch.randn(256, 2), Condition(), roles.teacher.sample(256)), 400, rates, betas=(0.5, 0.99))  # type: ignore[attr-defined]
-    yield at_most(subject, "distance of the student's moments after 400 steps, over that before", distance(roles.student, roles) / before, 0.5)
-    yield at_most(subject, "ablation: the same without training", distance(fresh, roles) / before, 0.5, must_fail=True)
+        faults["changed"] += sum(not torch.equal(p, q) for role in parameters for p, q in zip(parameters[role], kept[role], strict=True))
+        faults["not finite"] += not bool(torch.isfinite(loss).all())
+        own = [p for name in names for p in parameters[name]]
+        try:
+            gradients = torch.autograd.grad(loss, own + target, allow_unused=True)
+        except RuntimeError:
+            faults["stale"] += 1
+            continue
+        faults["unreached"] += sum(g is None or not bool(g.any()) for g in gradients[: len(own)])
+        faults["target reached"] += sum(g is not None and bool(g.any()) for g in gradients[len(own) :])
+        with torch.no_grad():
+            for p in own:
+                p.mul_(1.01)
+        kept = {role: [p.detach().clone() for p in group] for role, group in parameters.items()}
+    return faults
 
 
 @torch.no_grad()
-def distance(student: Denoiser, roles: Roles) -> float:
+def distance(student: Denoiser, teacher: GaussianMixture) -> float:
     """Fréchet distance of one-step samples to the teacher's Gaussian, dimension by dimension."""
     noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
     x = student(noise, torch.tensor(1.0, dtype=torch.float64)).double()
-    teacher = roles.teacher
-    mean, std = teacher.means[0], teacher.stds[0]  # type: ignore[attr-defined]
+    mean, std = teacher.means[0], teacher.stds[0]
     return float(((x.mean(0) - mean) ** 2 + (x.std(0) - std) ** 2).sum())

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Denoiser, Prediction
+from distill.methods import consistency as rule
 from distill.methods.base import Batch
 from distill.methods.consistency import Consistency, consistency_function
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP, Flow, Kind, NoiseSchedule
-from distill.verify.core import Check, at_most, between, train
+from distill.verify.core import Check, at_most, between, replaced, train
 
 DATA = ((0.5, -0.3), (0.6, 0.9))  #: mean and standard deviation of the Gaussian teacher
 
@@ -65,13 +66,8 @@ def finite_grid_ratio(intervals: int, solver: str, std: float = 0.6, passes: int
     # A product grid of two unit normals, uncorrelated exactly: the moments have no sampling error.
     x0, noise = (g.reshape(-1, 1) for g in torch.meshgrid(first, first, indexing="ij"))
     for i in range(intervals):
-        # A mixed pair: every sample gets the interval i, as if drawn.
-        original = torch.randint
-        torch.randint = lambda n, shape, i=i, **_: torch.full(shape, i)  # type: ignore[assignment]
-        try:
+        with replaced(torch, "randint", lambda n, shape, i=i, **_: torch.full(shape, i)):  # every sample draws interval i
             _, loss, _ = next(iter(method.step(roles, Batch(noise, Condition(), x0 * std))))
-        finally:
-            torch.randint = original  # type: ignore[assignment]
         (gradient,) = torch.autograd.grad(loss, student.slopes, create_graph=True)
         (curvature,) = torch.autograd.grad(gradient[i + 1], student.slopes)
         with torch.no_grad():
@@ -92,35 +88,58 @@ def finite_grid_checks() -> Iterator[Check]:
 # -- the boundary -------------------------------------------------------------------------------------------------------
 
 
+def without_boundary(network: Denoiser, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+    """The ablation of ``consistency_function``: the network alone, also at t = 0."""
+    return network(x, t.clamp_min(network.schedule.t_min), condition)
+
+
 def boundary_checks() -> Iterator[Check]:
-    """f(x, 0) = x for any weights, bit by bit; without it the loss is solved by a constant."""
+    """f(x, 0) = x for any weights, bit by bit. With it a network that has no skip connection learns the map; without it
+    the loss is solved by a constant, and is."""
     torch.manual_seed(0)
-    schedule = CosineVP()
-    network = MLPDenoiser(schedule, 2)
-    x = torch.randn(64, 2)
+    network, x = MLPDenoiser(CosineVP(), 2), torch.randn(64, 2)
     difference = (consistency_function(network, x, torch.zeros(64, dtype=torch.float64), None) - x).detach().abs().max()
     yield at_most("consistency", "f(x, 0) − x, random weights", float(difference), 0.0)
-    without = network(x, torch.full((64,), schedule.t_min, dtype=torch.float64))
-    yield at_most("consistency", "ablation: the network itself near t = 0", float((without - x).detach().abs().max()), 0.0, must_fail=True)
+    coarse = MAP.model_copy(update={"discretization": (8, 8)})
+    found = spread(*trained_map(CosineVP(), coarse, 600, skip=False))
+    yield between("consistency", "student's standard deviation over the data's, eight intervals", found, 0.9, 1.1)
+    with replaced(rule, "consistency_function", without_boundary):
+        collapsed = spread(*trained_map(CosineVP(), coarse, 600, skip=False))
+    yield between("consistency", "ablation: the same without the boundary (collapses to a constant)", collapsed, 0.9, 1.1, must_fail=True)
+
+
+@torch.no_grad()
+def spread(teacher: GaussianMixture, student: Denoiser) -> float:
+    """Standard deviation of one-step samples over the data's, mean over dimensions."""
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)) * teacher.schedule.initial_scale
+    return float((student(noise, torch.tensor(1.0, dtype=torch.float64)).std(0) / teacher.stds[0]).mean())
 
 
 # -- the trained map ----------------------------------------------------------------------------------------------------
 
-MAP = Consistency(discretization=(16, 64), steps=4, solver="heun", metric="l2", target="ema", ema_decay=0.95, weighting="uniform")
+MAP = Consistency(discretization=(8, 64), steps=4, solver="heun", metric="l2", target="ema", ema_decay=0.95, weighting="uniform")
 
 
-def trained_map(schedule: NoiseSchedule, method: Consistency = MAP, steps: int = 3000, batch: int = 512) -> tuple[GaussianMixture, MLPDenoiser]:
+def trained_map(
+    schedule: NoiseSchedule, method: Consistency = MAP, steps: int = 3000, batch: int = 512, skip: bool = True
+) -> tuple[GaussianMixture, MLPDenoiser]:
     """(teacher, student) after training an MLP on a Gaussian through ``Consistency.step``."""
     torch.manual_seed(0)
     teacher = gaussian(schedule, *DATA)
-    student, target = (MLPDenoiser(schedule, 2, width=64, data_std=0.8) for _ in range(2))
+    student, target = (MLPDenoiser(schedule, 2, width=64, data_std=0.8, skip=skip) for _ in range(2))
+    fit(method, Roles(teacher, student, target=target), lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps)
+    return teacher, student
+
+
+def fit(method: Consistency, roles: Roles, batches: Callable[[int], Batch], steps: int) -> None:
+    """Train the student, from the target's weights, and leave it with its averaged ones."""
+    student, target = roles.student, roles.target
+    assert isinstance(student, nn.Module) and isinstance(target, nn.Module)
     target.load_state_dict(student.state_dict())
-    roles = Roles(teacher, student, target=target if method.target == "ema" else None)
-    averaged = train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, {"student": 4e-3}, average=0.99)
+    averaged = train(method, roles, batches, steps, {"student": 4e-3}, average=0.99)
     with torch.no_grad():
         for p, value in zip(student.parameters(), averaged, strict=True):
             p.copy_(value)
-    return teacher, student
 
 
 @torch.no_grad()
@@ -135,15 +154,18 @@ def map_error(teacher: GaussianMixture, student: Denoiser, t: float = 1.0) -> fl
 
 
 def map_checks() -> Iterator[Check]:
+    """One evaluation gives what the ODE gives, at the noisiest level and half-way; a posterior mean or a solver that is too
+    coarse does not."""
     for schedule in (CosineVP(), EDM(sigma_min=0.01, sigma_max=10.0), Flow()):
         teacher, student = trained_map(schedule)
-        name = type(schedule).__name__
         for t in (1.0, 0.5):
-            yield at_most("consistency", f"trained map against the exact PF-ODE map, {name}, t = {t:g}", map_error(teacher, student, t), 0.02)
-        if name == "CosineVP":  # what the teacher's own denoiser says at t = 1 is the mean: the map is not there untrained
-            yield at_most("consistency", "ablation: the teacher's x0-prediction in place of the map", map_error(teacher, teacher), 0.02, must_fail=True)
-    method = MAP.model_copy(update={"discretization": (4, 4), "solver": "ddim"})
-    teacher, student = trained_map(CosineVP(), method, steps=600)
+            error = map_error(teacher, student, t)
+            yield at_most("consistency", f"trained map against the exact PF-ODE map, {type(schedule).__name__}, t = {t:g}", error, 0.02)
+    denoised = gaussian(CosineVP(), *DATA)
+    with replaced(rule, "consistency_function", lambda network, x, t, condition: without_boundary(denoised, x, t, condition)):
+        teacher, student = trained_map(CosineVP(), steps=1000)
+    yield at_most("consistency", "ablation: the teacher's own x0-prediction as the target", map_error(teacher, student), 0.02, must_fail=True)
+    teacher, student = trained_map(CosineVP(), MAP.model_copy(update={"discretization": (4, 4), "solver": "ddim"}), steps=1000)
     yield at_most("consistency", "ablation: four first-order intervals", map_error(teacher, student), 0.02, must_fail=True)
 
 
@@ -151,49 +173,46 @@ def map_checks() -> Iterator[Check]:
 
 
 class _ScaleTold(MLPDenoiser):
-    """An MLP that is told the guidance scale: a third coordinate of its input."""
+    """An MLP that is told the guidance scale, as a last coordinate of its input; deaf, it is there but always zero."""
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        super().__init__(schedule, 2, width=64, data_std=1.0)
+    def __init__(self, schedule: NoiseSchedule, deaf: bool) -> None:
+        super().__init__(schedule, 2, width=64, data_std=0.8)
         self.net[0] = nn.Linear(2 + 8 + 1, 64)
-        self.told: Tensor | None = None
+        self.deaf = deaf
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: tuple[str, ...] = ()) -> Prediction:  # type: ignore[override]
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
         assert condition is not None and condition.guidance is not None
-        t = t.expand(len(x_t))
-        alpha, sigma = (c.float() for c in self.schedule.coefficients(x_t, t))
-        variance = alpha**2 + sigma**2
-        level = torch.atan2(sigma, alpha)
-        embedding = torch.cat([f(level * k) for k in (1.0, 2.0, 4.0, 8.0) for f in (torch.sin, torch.cos)], 1)
         scale = condition.guidance.to(x_t)[:, None] - 2
-        out = self.net(torch.cat([x_t / variance.sqrt(), embedding, scale], 1))
-        return Prediction(alpha / variance * x_t + sigma / variance.sqrt() * out, "x0", x_t, t, self.schedule)
+        return torch.cat([super().inputs(x_t, t, condition), scale * (not self.deaf)], 1)
+
+
+@torch.no_grad()
+def guided_mean_error(student: Denoiser, teacher: GaussianMixture, w: float) -> float:
+    """Distance of the mean of one-step samples, told w, to mu_0 + w (mu_c − mu_0), in standard deviations of the data."""
+    noise, std = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1)), float(teacher.stds[0, 0])
+    x = student(noise, torch.tensor(1.0, dtype=torch.float64), Condition(guidance=torch.full((4000,), w)))
+    expected = teacher.means[1] + w * (teacher.means[0] - teacher.means[1])
+    return float(((x - std * noise).mean(0) - expected).norm() / std)
+
+
+def trained_guided(schedule: NoiseSchedule, steps: int, deaf: bool) -> tuple[GaussianMixture, Denoiser]:
+    """(teacher, student) for two classes of equal variance, one of which plays the null condition: the w-guided ODE is
+    then that of N(mu_0 + w (mu_c − mu_0), s²) (fixture GC of the guide)."""
+    torch.manual_seed(0)
+    teacher = GaussianMixture(schedule, torch.tensor([[0.4, 0.2], [-0.2, 0.1]]), torch.full((2, 1), 0.8))
+    labels = torch.zeros(512, dtype=torch.long)
+    condition = Condition({"class_labels": labels}, {"class_labels": labels + 1})
+    data = GaussianMixture(schedule, teacher.means[:1], teacher.stds[:1])
+    roles = Roles(teacher, _ScaleTold(schedule, deaf), target=_ScaleTold(schedule, deaf))
+    method = MAP.model_copy(update={"guidance_range": (1.0, 3.0)})
+    fit(method, roles, lambda step: Batch(torch.randn(512, 2), condition, data.sample(512)), steps)
+    return teacher, roles.student
 
 
 def guidance_checks() -> Iterator[Check]:
-    """Two classes of equal variance: the w-guided ODE is that of N(mu_0 + w (mu_c − mu_0), s²). A student that is told w
-    reproduces it, also at scales between those it saw; one trained at a fixed w does not follow."""
-    torch.manual_seed(0)
-    schedule = CosineVP()
-    # The null law is a Gaussian of its own (fixture GC of the guide), so that the guided ODE has a closed form.
-    teacher = GaussianMixture(schedule, torch.tensor([[0.6, 0.2], [-0.2, 0.1]]), torch.full((2, 1), 0.5))
-    labels = torch.zeros(512, dtype=torch.long)
-    condition = Condition({"class_labels": labels}, {"class_labels": labels + 1})
-    method = MAP.model_copy(update={"guidance_range": (1.0, 3.0)})
-    student, target = _ScaleTold(schedule), _ScaleTold(schedule)
-    target.load_state_dict(student.state_dict())
-    data = GaussianMixture(schedule, teacher.means[:1], teacher.stds[:1])
-    roles = Roles(teacher, student, target=target)
-    averaged = train(method, roles, lambda step: Batch(torch.randn(512, 2), condition, data.sample(512)), 2000, {"student": 3e-3}, average=0.99)
-    with torch.no_grad():
-        for p, value in zip(student.parameters(), averaged, strict=True):
-            p.copy_(value)
-        noise, t = torch.randn(4000, 2), torch.ones(4000, dtype=torch.float64)
-        for w in (1.0, 1.7, 2.5):
-            told = Condition(guidance=torch.full((4000,), w))
-            mean = student(noise, t, told).mean(0) - noise.mean(0) * 0.5
-            expected = teacher.means[1] + w * (teacher.means[0] - teacher.means[1])
-            yield at_most("consistency", f"guided Gaussian: error of the mean at w = {w:g}, in data deviations", float((mean - expected).norm() / 0.5), 0.05)
-        deaf = student(noise, t, Condition(guidance=torch.full((4000,), 1.7))).mean(0) - noise.mean(0) * 0.5
-        expected = teacher.means[1] + 2.5 * (teacher.means[0] - teacher.means[1])
-        yield at_most("consistency", "ablation: a student that is not told w (w = 1.7 for 2.5)", float((deaf - expected).norm() / 0.5), 0.05, must_fail=True)
+    """A student that is told the scale follows it; one trained on the same scales and not told gives their average."""
+    teacher, student = trained_guided(CosineVP(), 2000, deaf=False)
+    for w in (1.0, 1.7, 2.5):
+        yield at_most("consistency", f"guided Gaussian: error of the mean at w = {w:g}, in data deviations", guided_mean_error(student, teacher, w), 0.03)
+    teacher, student = trained_guided(CosineVP(), 1000, deaf=True)
+    yield at_most("consistency", "ablation: a student that is not told w, at w = 2.5", guided_mean_error(student, teacher, 2.5), 0.03, must_fail=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,18 @@ def train(
                 if roles.target is not None:
                     move_average(roles.target.parameters(), student, method.target_decay(step / steps))
     return kept
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` for a while: how an ablation takes a piece out of a method, and how a random draw is
+    made a chosen one, without a second copy of the method."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from distill.analytic import AffineGenerator, ExactCritic, ExactRatio, GaussianMixture, MLPDenoiser, gaussian, ring
-from distill.denoiser import Condition
+from distill.denoiser import Condition, Prediction
 from distill.losses.adversarial import Discriminator
 from distill.losses.divergence import DIVERGENCES, GENERATORS, Divergence
 from distill.methods.base import Batch
 from distill.methods.dmd2 import DMD2, GAN
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP, Flow, NoiseSchedule
-from distill.verify.core import Check, at_most, between, relative_error, train
+from distill.verify.core import Check, at_most, between, relative_error, replaced, train
 
 # The gradient checks' noise levels, student (mean, standard deviation) and teacher: chosen so that p/q and q/p both have
 # light tails under the student, without which the estimator of one divergence or another has no useful variance.
@@ -31,8 +31,7 @@ def checks(divergences: Sequence[str] | None = None) -> Iterator[Check]:
     for divergence in wanted:
         yield from gradient_checks(divergence)
     if divergences is None:
-        for schedule in (EDM(sigma_max=10.0), Flow()):
-            yield at_most("dmd2", f"reverse_kl gradient, {type(schedule).__name__} schedule, n = 1e5", gradient_error("reverse_kl", 100_000, schedule), 1e-2)
+        yield from schedule_checks()
     yield from optimum_checks(wanted)
     if divergences is None:
         yield from two_time_scale_checks()
@@ -75,49 +74,64 @@ def true_gradient(divergence: Divergence, schedule: NoiseSchedule) -> Tensor:
     return torch.cat([generator.mean.grad, generator.std.grad])
 
 
-def estimated_gradient(divergence: Divergence, count: int, schedule: NoiseSchedule, stale: bool = False) -> Tensor:
+def exact_method(divergence: Divergence, times: tuple[float, float]) -> DMD2:
+    """The distribution-matching term as the mathematics has it: the weight of the exact KL, ratios as they are. The GAN is
+    there for its discriminator alone."""
+    gan = None if divergence == "reverse_kl" else GAN(weight=1e-30, features="teacher", layers=["state"])
+    return DMD2(divergence=divergence, weighting="kl", score_times=times, ratio_normalization="none", critic_steps=1, gan=gan)
+
+
+def estimated_gradient(
+    divergence: Divergence, count: int, schedule: NoiseSchedule, stale: bool = False, upside_down: bool = False
+) -> Tensor:
     """The gradient that ``DMD2.step`` yields for its student, with an exact critic and an exact density ratio.
 
     Args:
         stale: the ablation of the critic: one that stands for another student.
+        upside_down: the ablation of the ratio: q/p in place of p/q.
     """
-    method = DMD2(
-        divergence=divergence, weighting="kl", score_times=TIMES, ratio_normalization="none", critic_steps=1,
-        gan=None if divergence == "reverse_kl" else GAN(weight=1e-30, features="teacher", layers=["state"]),
-    )
-    generator = AffineGenerator(schedule, *STUDENT)
-    teacher = close_modes(schedule)
+    generator, teacher = AffineGenerator(schedule, *STUDENT), close_modes(schedule)
     critic = ExactCritic(AffineGenerator(schedule, (1.0,), (0.5,)) if stale else generator)
-    roles = Roles(teacher, generator, critic, discriminator=ExactRatio(teacher, generator))  # type: ignore[arg-type]
+    ratio = ExactRatio(teacher, generator, upside_down)
+    roles = Roles(teacher, generator, critic, discriminator=ratio)  # type: ignore[arg-type]
     batch = Batch(torch.randn(count, 1, dtype=torch.float64), Condition(), teacher.sample(count).double())
-    role, loss, _ = next(iter(method.step(roles, batch)))
+    role, loss, _ = next(iter(exact_method(divergence, TIMES).step(roles, batch)))
     assert role == "student"
     loss.backward(inputs=generator.parameters())
     assert generator.mean.grad is not None and generator.std.grad is not None
     return torch.cat([generator.mean.grad, generator.std.grad])
 
 
-def gradient_error(divergence: Divergence, count: int, schedule: NoiseSchedule, against: Divergence | None = None, stale: bool = False) -> float:
-    torch.manual_seed(0)
-    return relative_error(estimated_gradient(divergence, count, schedule, stale), true_gradient(against or divergence, schedule))
-
-
 def gradient_checks(divergence: Divergence) -> Iterator[Check]:
-    schedule = CosineVP()
+    """Against autograd of the closed form (quadrature), at 1e5 samples and in how the error shrinks; an estimator that lacks
+    the divergence's own part is biased: it misses the same bound, even when scaled to fit best."""
+    schedule, n, bound = CosineVP(), 100_000, 1e-2
     truth = true_gradient(divergence, schedule)
     torch.manual_seed(0)
-    counts, repeats = (1_000, 10_000, 100_000), (64, 32, 24)
+    counts, repeats = (1_000, 10_000, n), (64, 32, 24)
     errors = [[relative_error(estimated_gradient(divergence, n, schedule), truth) for _ in range(r)] for n, r in zip(counts, repeats, strict=True)]
     rms = [math.sqrt(sum(e**2 for e in row) / len(row)) for row in errors]
-    yield at_most("dmd2", f"{divergence} gradient against autograd, n = 1e5", rms[-1], 1e-2)
+    yield at_most("dmd2", f"{divergence} gradient against autograd, n = 1e5", rms[-1], bound)
     slope = float(np.polyfit(np.log(counts), np.log(rms), 1)[0])
     yield between("dmd2", f"{divergence} gradient error's slope in n (1/√n)", slope, -0.65, -0.35)
-    if divergence == "reverse_kl":
-        error = gradient_error(divergence, 100_000, schedule, stale=True)
-        yield at_most("dmd2", "ablation: a critic that does not follow the student", error, 1e-2, must_fail=True)
-    else:
-        error = gradient_error("reverse_kl", 100_000, schedule, against=divergence)
-        yield at_most("dmd2", f"ablation: {divergence} without its weight h(r)", error, 1e-2, must_fail=True)
+    ablations = {
+        "a critic that does not follow the student": lambda: estimated_gradient(divergence, n, schedule, stale=True),
+        "no weight h(r)": lambda: estimated_gradient("reverse_kl", n, schedule),
+        "the ratio upside down": lambda: estimated_gradient(divergence, n, schedule, upside_down=True),
+    }
+    for what, ablated in ablations.items():
+        if divergence != "reverse_kl" or what.startswith("a critic"):
+            gradient = ablated()
+            best = gradient * (gradient @ truth / gradient.square().sum())
+            yield at_most("dmd2", f"ablation: {divergence}, {what}", relative_error(best, truth), bound, must_fail=True)
+
+
+def schedule_checks() -> Iterator[Check]:
+    """The same under the other schedules."""
+    for schedule in (EDM(sigma_max=10.0), Flow()):
+        torch.manual_seed(0)
+        error = relative_error(estimated_gradient("reverse_kl", 100_000, schedule), true_gradient("reverse_kl", schedule))
+        yield at_most("dmd2", f"reverse_kl gradient, {type(schedule).__name__} schedule, n = 1e5", error, 1e-2)
 
 
 # -- optima -------------------------------------------------------------------------------------------------------------
@@ -129,59 +143,60 @@ OPTIMA: dict[tuple[str, float], tuple[float, float]] = {
 }  # fmt: skip
 
 
-def optimum(divergence: Divergence, sigma: float, count: int = 2000, steps: int = 500) -> tuple[float, float]:
+def independent_normals(count: int) -> tuple[Tensor, Tensor]:
+    """Two independent unit normals, (count, 1), from a Sobol sequence: next to no sampling error."""
+    uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(count, dtype=torch.float64)
+    z, noise = torch.special.ndtri(uniform.clamp(1e-9, 1 - 1e-9)).split(1, 1)
+    return z, noise
+
+
+def optimum(divergence: Divergence, sigma: float, steps: int = 200) -> tuple[float, float]:
     """Where ``DMD2.step`` takes an affine student at one noise level: mean and standard deviation of its samples.
 
-    The student's noise is a fixed grid of normal quantiles, so that the answer has no sampling error of its own.
+    Both its noise and the noise added to its samples are quasi-random: the answer has hardly any sampling error.
     """
     schedule = EDM(sigma_min=1e-3, sigma_max=10.0)
     t = float((sigma ** (1 / schedule.rho) - schedule.low) / (schedule.high - schedule.low))
-    method = DMD2(
-        divergence=divergence, weighting="kl", score_times=(t, t), ratio_normalization="none", critic_steps=1,
-        gan=None if divergence == "reverse_kl" else GAN(weight=1e-30, features="teacher", layers=["state"]),
-    )
+    method = exact_method(divergence, (t, t))
     start = (1.5, 0.8) if divergence == "reverse_kl" and sigma < 0.5 else (0.5, 1.8)
     generator, teacher = AffineGenerator(schedule, (start[0],), (start[1],)), two_modes(schedule)
     roles = Roles(teacher, generator, ExactCritic(generator), discriminator=ExactRatio(teacher, generator))  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    quantiles = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
+    z, noise = independent_normals(8192)
+    batch = Batch(z, Condition(), z)  # real samples: none are needed, the discriminator knows the ratio
     optimizer = torch.optim.Adam(generator.parameters(), 0.05, (0.9, 0.99))
-    trail = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        batch = Batch(quantiles, Condition(), teacher.sample(count).double())
-        _, loss, _ = next(iter(method.step(roles, batch)))
-        loss.backward(inputs=generator.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        trail.append((float(generator.mean.detach()), float(generator.std.detach())))
-    tail = trail[-steps // 5 :]
-    return sum(m for m, _ in tail) / len(tail), sum(s for _, s in tail) / len(tail)
+    with replaced(torch, "randn_like", lambda x: noise):
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+            _, loss, _ = next(iter(method.step(roles, batch)))
+            loss.backward(inputs=generator.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    return float(generator.mean.detach()), float(generator.std.detach())
 
 
 def optimum_checks(divergences: Sequence[str]) -> Iterator[Check]:
-    """The mode that reverse KL seeks and the moments that forward KL matches: the guide's table, to 1 %."""
+    """The mode that reverse KL seeks and the moments that forward KL matches: the guide's table, to 1 % of each number."""
     for (divergence, sigma), (mean, std) in OPTIMA.items():
         if divergence in divergences:
             found = optimum(divergence, sigma)  # type: ignore[arg-type]
-            error = max(abs(found[0] - mean), abs(found[1] - std)) / std
+            error = max(abs(found[0] / mean - 1), abs(found[1] / std - 1))
             yield at_most("dmd2", f"{divergence} optimum on two modes, sigma {sigma:g}: mean {found[0]:.3f}, std {found[1]:.3f}", error, 1e-2)
 
 
 # -- two time scales ----------------------------------------------------------------------------------------------------
 
 
-class _MeanCritic(AffineGenerator):
-    """A critic with one parameter c, the mean of the student's law, of known unit variance."""
+class MeanCritic(AffineGenerator):
+    """The denoiser of N(c, 1), which learns c."""
 
-    def __init__(self, schedule: NoiseSchedule, mean: float) -> None:
-        super().__init__(schedule, (mean,), (1.0,))
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [self.mean]
-
-    def predict(self, x_t, t, condition=None, features=()):  # type: ignore[no-untyped-def]
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
         return self.law().predict(x_t, t, None, features)
+
+
+def opposite_pairs(x: Tensor) -> Tensor:
+    """Noise like x whose mean over the batch is exactly zero: a linear recursion sees no sampling error."""
+    half = torch.randn(len(x) // 2, *x.shape[1:], dtype=x.dtype)
+    return torch.cat([half, -half.flip(0)])
 
 
 def overshoot(critic_steps: int, rate: float = 0.05, steps: int = 400) -> float:
@@ -193,39 +208,22 @@ def overshoot(critic_steps: int, rate: float = 0.05, steps: int = 400) -> float:
     schedule = CosineVP()
     t = 0.5  # alpha² = sigma² = 1/2: all laws have unit variance at every level
     method = DMD2(weighting="kl", score_times=(t, t), critic_times=(t, t), critic_steps=critic_steps)
-    student, critic = _MeanCritic(schedule, 1.0), _MeanCritic(schedule, 1.0)
+    student, critic = AffineGenerator(schedule, (1.0,), (1.0,)), MeanCritic(schedule, (1.0,), (1.0,))
     roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic)
     # D_F − D_T = sigma² c and the weight alpha²/sigma²: the student's gradient is alpha² c. The critic's loss has gradient
     # 2 sigma⁴ (c − m): its prediction moves by sigma² per unit of c.
     scale = {"student": rate / 0.5, "critic": rate / (2 * 0.25)}
-    quantiles = torch.special.ndtri((torch.arange(64, dtype=torch.float64) + 0.5) / 64)[:, None]
-    student.predict = lambda x_t, t, condition=None, features=(): AffineGenerator.predict(student, quantiles, t, condition, features)  # type: ignore[method-assign]
     lowest = 1.0
-    with _paired_noise():
+    with replaced(torch, "randn_like", opposite_pairs):
         for _ in range(steps):
-            for role, loss, _ in method.step(roles, Batch(quantiles, Condition())):
-                parameter = roles.parameters(str(role))[0]
-                (gradient,) = torch.autograd.grad(loss, parameter)
+            noise = opposite_pairs(torch.empty(64, 1, dtype=torch.float64))
+            for role, loss, _ in method.step(roles, Batch(noise, Condition())):
+                mean = roles.parameters(str(role))[0]
+                (gradient,) = torch.autograd.grad(loss, mean)
                 with torch.no_grad():
-                    parameter.sub_(scale[str(role)] * gradient)
+                    mean.sub_(scale[str(role)] * gradient)
             lowest = min(lowest, float(student.mean.detach()))
     return max(0.0, -lowest)
-
-
-class _paired_noise:
-    """Noise in opposite pairs within a batch: its mean is exactly zero, and a linear recursion sees no sampling error."""
-
-    def __enter__(self) -> None:
-        self._original = torch.randn_like
-
-        def balanced(x: Tensor, **options: object) -> Tensor:
-            half = self._original(x[: len(x) // 2])
-            return torch.cat([half, -half.flip(0)])
-
-        torch.randn_like = balanced  # type: ignore[assignment]
-
-    def __exit__(self, *details: object) -> None:
-        torch.randn_like = self._original
 
 
 def two_time_scale_checks() -> Iterator[Check]:
@@ -248,15 +246,16 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 64) -> float:
     return float(((a @ axes).sort(0).values - (b @ axes).sort(0).values).abs().mean())
 
 
-def trained_ring(method: DMD2, steps: int, batch: int = 512, width: int = 128, seed: int = 0, critic_rate: float = 2e-3) -> tuple[GaussianMixture, Tensor]:
-    """(teacher, 8,000 student samples) after training on the ring of eight modes through ``DMD2.step``."""
+def trained_ring(method: DMD2, steps: int, seed: int = 0, critic_rate: float = 3e-3) -> tuple[GaussianMixture, Tensor]:
+    """(teacher, 8,000 student samples) after training on a ring of eight modes, 5 standard deviations apart, through
+    ``DMD2.step``."""
     torch.manual_seed(seed)
-    schedule = CosineVP()
-    teacher = ring(schedule)
+    schedule, batch, width = CosineVP(), 512, 64
+    teacher = ring(schedule, std=0.3)
     student, critic = MLPDenoiser(schedule, 2, width, data_std=1.4), MLPDenoiser(schedule, 2, width, data_std=1.4)
     discriminator = Discriminator({"state": (3,)}, hidden=width) if method.gan is not None else None
     roles = Roles(teacher, student, critic, discriminator=discriminator, state=method.initial_state())
-    rates = {"student": 1e-3, "critic": critic_rate} | ({"discriminator": 2e-3} if discriminator is not None else {})
+    rates = {"student": 3e-3, "critic": critic_rate} | ({"discriminator": 2e-3} if discriminator is not None else {})
 
     def draw(step: int) -> Batch:
         return Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch))
@@ -273,18 +272,17 @@ def mode_masses(teacher: GaussianMixture, samples: Tensor) -> Tensor:
     return torch.bincount(torch.cdist(samples.double(), teacher.means).argmin(1), minlength=len(teacher.means)) / len(samples)
 
 
-def ring_scores(teacher: GaussianMixture, samples: Tensor, size: int = 1000) -> tuple[float, float]:
+def ring_scores(teacher: GaussianMixture, samples: Tensor, size: int = 1000, pairs: int = 8) -> tuple[float, float]:
     """(largest relative error of a mode's mass, sliced-Wasserstein distance to the teacher over that of two teacher sets),
-    the distances averaged over eight pairs of sets of ``size``."""
+    the distances between sets of ``size``, each of the student's against ``pairs`` of the teacher's."""
     error = float((mode_masses(teacher, samples) * len(teacher.means) - 1).abs().max())
-    sets = samples[: 8 * size].split(size)
-    ours = sum(sliced_wasserstein(s, teacher.sample(size)) for s in sets)
-    theirs = sum(sliced_wasserstein(teacher.sample(size), teacher.sample(size)) for _ in sets)
-    return error, ours / theirs
+    ours = [sliced_wasserstein(x, teacher.sample(size)) for x in samples.split(size) for _ in range(pairs)]
+    theirs = [sliced_wasserstein(teacher.sample(size), teacher.sample(size)) for _ in ours]
+    return error, sum(ours) / sum(theirs)
 
 
 MIXTURE = DMD2(
-    divergence="reverse_kl", critic_steps=2, weighting="dmd", score_times=(0.02, 0.98), critic_times=(0.01, 0.99),
+    divergence="reverse_kl", critic_steps=4, weighting="dmd", score_times=(0.02, 0.98), critic_times=(0.01, 0.99),
     gan=GAN(weight=0.3, features="teacher", layers=["state"]),
 )
 MIXTURE_STEPS = 2000
@@ -295,5 +293,7 @@ def mixture_checks() -> Iterator[Check]:
     error, distance = ring_scores(*trained_ring(MIXTURE, MIXTURE_STEPS))
     yield at_most("dmd2", "eight modes: largest relative error of a mode's mass", error, 0.35)
     yield at_most("dmd2", "eight modes: sliced-Wasserstein distance, in teacher–teacher distances", distance, 1.5)
-    _, distance = ring_scores(*trained_ring(MIXTURE, 500, critic_rate=0.0))
-    yield at_most("dmd2", "ablation: eight modes with a critic that never learns", distance, 1.5, must_fail=True)
+    # Less than a third of the training is enough for both bounds when the critic learns.
+    error, distance = ring_scores(*trained_ring(MIXTURE, 600, critic_rate=0.0))
+    yield at_most("dmd2", "ablation: a critic that never learns, error of a mode's mass", error, 0.35, must_fail=True)
+    yield at_most("dmd2", "ablation: a critic that never learns, sliced-Wasserstein distance", distance, 1.5, must_fail=True)

@@ -11,9 +11,9 @@ from distill.verify import any_method, dmd2
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_gradients(divergence: str) -> None:
     """The gradient that DMD2.step yields equals autograd of the divergence by quadrature, to 1e-2 at 1e5 samples and
-    shrinking as 1/√n; without the weight h(r) (or with a critic of another student) it does not."""
+    shrinking as 1/√n; with a critic of another student, without the weight h(r), or with q/p for p/q it does not."""
     results = list(dmd2.gradient_checks(divergence))  # type: ignore[arg-type]
-    assert len(results) == 3 and sum(c.must_fail for c in results) == 1
+    assert sum(not c.must_fail for c in results) == 2 and sum(c.must_fail for c in results) == (1 if divergence == "reverse_kl" else 3)
     assert all(c.passed for c in results), results
 
 
@@ -22,7 +22,7 @@ def test_gradients(divergence: str) -> None:
 def test_optima_on_two_modes(divergence: str, sigma: float) -> None:
     mean, std = dmd2.OPTIMA[divergence, sigma]
     found = dmd2.optimum(divergence, sigma)  # type: ignore[arg-type]
-    assert found == (pytest.approx(mean, abs=0.01 * std), pytest.approx(std, rel=0.01))
+    assert found == (pytest.approx(mean, rel=0.01), pytest.approx(std, rel=0.01))
 
 
 def test_reverse_kl_seeks_a_mode_where_forward_kl_covers_both() -> None:

@@ -19,7 +19,8 @@ CASES: dict[str, NoiseSchedule] = {
     "flow": Flow(),
     "edm": EDM(),
 }
-INSIDE = torch.linspace(0.002, 0.998, 83, dtype=torch.float64)
+ENDS = torch.tensor([1e-5, 1e-4, 1 - 1e-4, 1 - 1e-5], dtype=torch.float64)
+INSIDE = torch.cat([ENDS, torch.linspace(0.002, 0.998, 83, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch-size", type=_positive, default=250)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--prompts", type=Path, help="for text pipelines: a file with a prompt a line")
-    evaluate.add_argument("--reference", type=Path, help="for fid: a folder of real images, or a file of statistics")
+    evaluate.add_argument("--reference", type=Path, help="for fid: a folder of real images")
     evaluate.add_argument("--out", type=Path, help="write the rows to this JSON file")
     _add_call_options(evaluate)
     evaluate.set_defaults(run=_eval)

@@ -291,6 +291,8 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         if steps > longest:
             yield ("evaluate", "steps"), f"the student of this method samples in at most {longest} steps, not {steps}"
     for metric in config.evaluate.metrics:
+        if metric == "fid":  # it would fail for want of a reference, after training
+            yield ("evaluate", "metrics"), "fid needs real images to compare with: leave it out here, and use distill eval RUN --metrics fid --reference FOLDER"
         try:
             check_metric(metric)
         except UserError as error:

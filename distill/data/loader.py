@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from distill.config import Data
 from distill.data.digits import load_digits
-from distill.data.images import read_folder
+from distill.data.images import list_folder, read_image
 from distill.data.prompts import read_prompts
 from distill.denoiser import Condition, cat
 from distill.errors import UserError
+from distill.progress import track
 from distill.teacher import Teacher
 
 ENCODE_BATCH = 16
@@ -35,7 +37,8 @@ class TrainingData:
         unique = list(dict.fromkeys(self.inputs))
         position = {value: i for i, value in enumerate(unique)}
         self._index = torch.tensor([position[value] for value in self.inputs])
-        parts = [teacher.condition(unique[i : i + ENCODE_BATCH]) for i in range(0, len(unique), ENCODE_BATCH)]
+        starts = range(0, len(unique), ENCODE_BATCH)
+        parts = [teacher.condition(unique[i : i + ENCODE_BATCH]) for i in track(starts, "encoding conditions")]
         self._conditions = cat(parts) if parts[0].values else parts[0]
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
@@ -77,9 +80,8 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
         return TrainingData(teacher, images.to(teacher.device), inputs, seed)
     if section.source == "images":
         assert section.path is not None
-        images, inputs = read_folder(section.path.expanduser(), teacher.image_shape, teacher.input_name, teacher.classes)
-        x0 = _encode(teacher, images) if needs_images else None
-        return TrainingData(teacher, x0, inputs, seed)
+        paths, inputs = list_folder(section.path.expanduser(), teacher.input_name, teacher.classes)
+        return TrainingData(teacher, _encode(teacher, paths) if needs_images else None, inputs, seed)
     if section.source == "prompts":
         if teacher.input_name != "prompt":
             raise UserError("data.source prompts needs a text-conditional teacher; this one takes no prompts")
@@ -91,9 +93,10 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
     return TrainingData(teacher, None, list(range(classes)) if classes else [None], seed)
 
 
-def _encode(teacher: Teacher, images: Tensor) -> Tensor:
-    from distill.progress import track
-
-    starts = range(0, len(images), ENCODE_BATCH)
-    parts = [teacher.encode(images[i : i + ENCODE_BATCH].to(teacher.device)) for i in track(starts, "encoding images")]
-    return torch.cat(parts).to(teacher.denoiser.dtype)
+def _encode(teacher: Teacher, paths: Sequence[Path]) -> Tensor:
+    """x0 of every image. They are read as they are encoded: only latents are kept, not the (much larger) images."""
+    parts = []
+    for i in track(range(0, len(paths), ENCODE_BATCH), "reading and encoding images"):
+        images = torch.stack([read_image(path, teacher.image_shape) for path in paths[i : i + ENCODE_BATCH]])
+        parts.append(teacher.encode(images.to(teacher.device)).to(teacher.denoiser.dtype))
+    return torch.cat(parts)

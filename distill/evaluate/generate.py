@@ -14,6 +14,9 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.progress import track
 
+#: Image i of seed s is drawn from s × this + i: with s + i, all but one image of seed 1 would repeat the noise of seed 0.
+SEED_STRIDE = 1_000_003
+
 
 @dataclass(frozen=True)
 class Images:
@@ -21,7 +24,7 @@ class Images:
 
     images: Tensor  #: (N, channels, height, width) in [0, 1], on the CPU
     inputs: list[Any]  #: the prompt, class or None of each
-    images_per_second: float  #: over all batches but the first, which warms up (over it too, if it is the only one)
+    images_per_second: float  #: over the full batches but the first, which warms up (over it too, if there is no other)
     seconds: float
 
 
@@ -64,7 +67,7 @@ def generate(
     pipeline: Any, inputs: Sequence[Any], *, steps: int | None = None, guidance_scale: float | None = None,
     batch_size: int = 250, seed: int = 0, call: Mapping[str, Any] | None = None, what: str = "sampling",
 ) -> Images:
-    """One image per input. Image i draws its noise from the seed ``seed + i``: the batch size changes no image.
+    """One image per input, each with a generator of its own: the batch size changes no image, and no two seeds share noise.
 
     Args:
         steps, guidance_scale: the pipeline's own defaults where None.
@@ -82,7 +85,7 @@ def generate(
     parts, seconds = [], []
     for start in track(range(0, len(inputs), batch_size), what):
         chunk = list(inputs[start : start + batch_size])
-        arguments["generator"] = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+        arguments["generator"] = [torch.Generator().manual_seed((seed * SEED_STRIDE + start + i) % 2**63) for i in range(len(chunk))]
         arguments["batch_size" if kind is None else kind] = len(chunk) if kind is None else chunk
         before = time.perf_counter()
         try:
@@ -91,6 +94,7 @@ def generate(
             raise UserError(f"{type(pipeline).__name__} refused the call: {error}") from error
         seconds.append(time.perf_counter() - before)
         parts.append(torch.from_numpy(images).permute(0, 3, 1, 2).float())
-    warm = slice(1, None) if len(parts) > 1 else slice(0, None)
-    rate = sum(len(p) for p in parts[warm]) / sum(seconds[warm])
+    full = sum(len(p) == len(parts[0]) for p in parts)  # a last batch of a few images would say little about speed
+    timed = slice(1, full) if full > 1 else slice(0, 1)
+    rate = sum(len(p) for p in parts[timed]) / sum(seconds[timed])
     return Images(torch.cat(parts), list(inputs), rate, sum(seconds))

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from distill.checkpoint import sha256
 from distill.data.digits import load_digits
+from distill.data.images import SUFFIXES
 from distill.errors import UserError
 from distill.evaluate import digits
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
-from distill.evaluate.generate import Images
+from distill.evaluate.generate import Images, conditioned_on
 from distill.resources import resource
 
 Numbers = dict[str, float | int | str]
@@ -50,7 +51,10 @@ def _digits_network() -> tuple[digits.DigitsNet, Tensor, Tensor]:
     return network, train, heldout
 
 
-def _digit_features(images: Images) -> Tensor:
+def _digit_features(images: Images, least: int = 2) -> Tensor:
+    """Features of at least so many 1×8×8 images."""
+    if len(images.images) < least:
+        raise UserError(f"{len(images.images)} samples are too few to measure: at least {least}")
     if images.images.shape[1:] != (1, 8, 8):
         size = "×".join(map(str, images.images.shape[1:]))
         raise UserError(f"the digits metrics measure 1×8×8 images, and these are {size}: use fid or clip-score")
@@ -74,14 +78,14 @@ def kid(images: Images, context: Context) -> Numbers:
 
 
 def accuracy(images: Images, context: Context) -> Numbers:
-    _digit_features(images)
+    _digit_features(images, 1)
     if any(not isinstance(label, int) for label in images.inputs):
         raise UserError("accuracy needs images of known classes, and this pipeline is not class-conditional")
     return {"accuracy": digits.accuracy(_digits_network()[0], images.images * 2 - 1, torch.tensor(images.inputs))}
 
 
 def _equal_counts(images: Images) -> tuple[Tensor, Tensor]:
-    made, train = _digit_features(images), _digits_network()[1]
+    made, train = _digit_features(images, 6), _digits_network()[1]  # density and coverage look at 5 neighbours
     count = min(len(made), len(train))
     return train[:count], made[:count]
 
@@ -102,12 +106,21 @@ def coverage(images: Images, context: Context) -> Numbers:
     return {"coverage": density_coverage(*_equal_counts(images))[1]}
 
 
+def _reference(context: Context) -> Path:
+    if context.reference is None or not context.reference.is_dir():
+        raise UserError("fid needs real images to compare with: --reference FOLDER")
+    if not any(p.suffix.lower() in SUFFIXES for p in context.reference.rglob("*")):
+        raise UserError(f"--reference {context.reference} holds no images")
+    return context.reference
+
+
 def fid(images: Images, context: Context) -> Numbers:
     """clean-fid, mode "clean" (Parmar et al. 2022): PNGs, antialiased bicubic resize to 299, TF-2015 Inception."""
     from torchvision.utils import save_image
 
-    if context.reference is None or not context.reference.is_dir():
-        raise UserError("fid needs real images to compare with: --reference FOLDER")
+    reference = _reference(context)
+    if len(images.images) < 2:
+        raise UserError("fid needs at least 2 samples")
     try:
         from cleanfid import fid as cleanfid
 
@@ -115,12 +128,12 @@ def fid(images: Images, context: Context) -> Numbers:
             for i, image in enumerate(images.images):
                 save_image(image, Path(folder) / f"{i:06d}.png")
             value = cleanfid.compute_fid(
-                folder, str(context.reference), mode="clean", num_workers=0, device=torch.device(context.device),
+                folder, str(reference), mode="clean", num_workers=0, device=torch.device(context.device),
                 use_dataparallel=False, verbose=False,
             )
     except OSError as error:  # every network error is one
         raise UserError(f"fid needs the Inception network, which could not be downloaded from here ({type(error).__name__}): go online once") from None
-    return {"fid": float(value), "fid_mode": "clean", "fid_reference": context.reference.name}
+    return {"fid": float(value), "fid_mode": "clean", "fid_reference": reference.name}
 
 
 CLIP_MODEL, CLIP_WEIGHTS = "ViT-L-14", "openai"
@@ -149,7 +162,7 @@ def clip_score(images: Images, context: Context) -> Numbers:
 
 
 METRICS: dict[str, Metric] = {
-    "fd-digits": fd_digits, "kid": kid, "accuracy": accuracy, "precision": precision, "recall": recall,
+    "fd-digits": fd_digits, "kid": kid, "kid-digits": kid, "accuracy": accuracy, "precision": precision, "recall": recall,
     "density": density, "coverage": coverage, "fid": fid, "clip-score": clip_score,
 }
 
@@ -173,8 +186,35 @@ def check_metric(name: str) -> Metric:
     raise UserError(f"there is no metric {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(METRICS)}"))
 
 
+def check_fit(name: str, pipeline: Any, context: Context) -> None:
+    """Refuse what a metric cannot measure before hours of sampling, as far as it can be seen from the pipeline.
+
+    Raises:
+        UserError: if the metric does not fit the pipeline, or lacks its reference.
+    """
+    if name == "fid":
+        _reference(context)
+    elif name == "clip-score":
+        if conditioned_on(pipeline) != "prompt":
+            raise UserError("clip-score compares images with their prompts, and this pipeline takes no prompts")
+    elif name in METRICS:  # the digits metrics
+        config = getattr(getattr(pipeline, "unet", None), "config", {})
+        size = config.get("sample_size", 8)
+        if getattr(pipeline, "vae", None) is not None or config.get("in_channels", 1) != 1 or size not in (8, (8, 8), [8, 8]):
+            raise UserError(f"{name} measures 1×8×8 digits, and {type(pipeline).__name__} makes other images: use fid or clip-score")
+        if name == "accuracy" and conditioned_on(pipeline) != "class_labels":
+            raise UserError("accuracy needs images of known classes, and this pipeline is not class-conditional")
+
+
 def measure(images: Images, names: Sequence[str], context: Context) -> Numbers:
-    """All named metrics of one set of images."""
+    """All named metrics of one set of images.
+
+    Raises:
+        UserError: if a metric does not fit the images, or an image is not finite.
+    """
+    broken = int((~images.images.isfinite()).flatten(1).any(1).sum())
+    if broken:
+        raise UserError(f"{broken} of {len(images.images)} images hold NaN or infinite values: the network has diverged, or its dtype overflows")
     numbers: dict[str, Any] = {}
     for name in names:
         numbers |= check_metric(name)(images, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _curves(rows: Sequence[dict[str, Any]]) -> str:
     names = [name for name in dict.fromkeys(key for row in rows for key in row) if name != "step"]
     figures = []
     for name in names:
-        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
         if len(points) > 1:
             figures.append(_curve(name, points))
     return "".join(figures)

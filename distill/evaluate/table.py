@@ -21,13 +21,17 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "images_per_second": ("images/s ↑", ".0f"),
     "speedup": ("speed-up", ".1f"),
 }
+#: Numbers of a row that say how it was measured.
+_CIRCUMSTANCES = {"samples", "batch_size", "seed", "seconds", "threads", "kid_std", "clip_scale"}
 
 
 def cells(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(titles, cells) of the columns that any row has; numbers of a user's own metrics come last."""
     known = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
-    titles = ["", *(COLUMNS[key][0] for key in known)]
-    return titles, [[str(row["name"]), *(_format(row.get(key), COLUMNS[key][1]) for key in known)] for row in rows]
+    own = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, int | float) and k not in _CIRCUMSTANCES | COLUMNS.keys())
+    columns = {key: COLUMNS[key] for key in known} | {key: (key, ".4g") for key in own}
+    titles = ["", *(title for title, _ in columns.values())]
+    return titles, [[str(row["name"]), *(_format(row.get(key), spec) for key, (_, spec) in columns.items())] for row in rows]
 
 
 def _format(value: Any, spec: str) -> str:

@@ -11,7 +11,7 @@ from tiny import tiny_stable_diffusion, tiny_unet2d
 
 from distill.config import Data
 from distill.data.digits import load_digits
-from distill.data.images import read_folder, read_image
+from distill.data.images import list_folder, read_image
 from distill.data.loader import TrainingData, load_data
 from distill.data.prompts import read_prompts
 from distill.errors import UserError
@@ -73,21 +73,21 @@ def test_captions_from_lists(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     save(tmp_path / "b.jpg")
     (tmp_path / "captions.jsonl").write_text(json.dumps({"key": "a", "caption": "one"}) + "\n" + json.dumps({"file_name": "b.jpg", "text": "two"}) + "\n")
-    assert read_folder(tmp_path, (3, 8, 8), "prompt")[1] == ["one", "two"]
+    assert list_folder(tmp_path, "prompt")[1] == ["one", "two"]
     (tmp_path / "captions.jsonl").write_text("{\n")
     with pytest.raises(UserError, match=r"captions.jsonl:1"):
-        read_folder(tmp_path, (3, 8, 8), "prompt")
+        list_folder(tmp_path, "prompt")
     (tmp_path / "captions.jsonl").unlink()
     with pytest.raises(UserError, match=r"a.png has no caption: write it into a.txt"):
-        read_folder(tmp_path, (3, 8, 8), "prompt")
+        list_folder(tmp_path, "prompt")
 
 
 def test_classes_are_the_sub_folders(tmp_path: Path) -> None:
     for name in ("7", "2"):
         save(tmp_path / name / "x.png", mode="L")
-    assert read_folder(tmp_path, (1, 8, 8), "class_labels", 10)[1] == [2, 7]
+    assert list_folder(tmp_path, "class_labels", 10)[1] == [2, 7]
     with pytest.raises(UserError, match="classes up to 7, but the teacher knows 0 to 4"):
-        read_folder(tmp_path, (1, 8, 8), "class_labels", 5)
+        list_folder(tmp_path, "class_labels", 5)
 
 
 def test_crop_scale_and_transparency(tmp_path: Path) -> None:
@@ -98,6 +98,59 @@ def test_crop_scale_and_transparency(tmp_path: Path) -> None:
     assert image.shape == (3, 10, 10) and float(image.min()) > 0.98
     save(tmp_path / "clear.png", mode="RGBA", value=0)
     assert float(read_image(tmp_path / "clear.png", (3, 8, 8)).mean()) == 1.0  # transparent is white
+
+
+def test_captions_as_people_write_them(tmp_path: Path) -> None:
+    """Blank lines, a byte-order mark, a line separator inside a string, an empty caption; and what is refused."""
+    for name in ("a.png", "b.png", "c.png", "._a.png", ".cache/d.png"):
+        save(tmp_path / name)
+    rows = [{"file_name": "a.png", "caption": "one\u2028two"}, {"file_name": "b.png", "caption": ""}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n", encoding="utf-8-sig")
+    (tmp_path / "c.txt").write_text("three", encoding="utf-8-sig")
+    paths, captions = list_folder(tmp_path, "prompt")
+    assert [p.name for p in paths] == ["a.png", "b.png", "c.png"] and captions == ["one\u2028two", "", "three"]
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"c.txt is not a text file in UTF-8 \(byte 3\)"):
+        list_folder(tmp_path, "prompt")
+    (tmp_path / "captions.jsonl").write_text('{"caption": "of what?"}\n')
+    with pytest.raises(UserError, match="captions.jsonl:1: has no file_name or key"):
+        list_folder(tmp_path, "prompt")
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    for name in (".ipynb_checkpoints", "cat", "dog"):
+        save(tmp_path / name / "x.png", mode="L")
+    assert list_folder(tmp_path, "class_labels", 10)[1] == [0, 1]
+    save(tmp_path / "\u00b2" / "x.png", mode="L")  # a superscript two is a digit, but no number
+    assert list_folder(tmp_path, "class_labels", 10)[1] == [0, 1, 2]
+
+
+def test_turned_deep_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lying, turned = Image.new("RGB", (16, 8)), Image.Exif()
+    lying.paste((255, 255, 255), (0, 0, 8, 8))
+    turned[0x0112] = 6  # "turn by 90 degrees to the right": the white left half becomes the upper one
+    lying.save(tmp_path / "a.png", exif=turned)
+    upright = read_image(tmp_path / "a.png", (3, 16, 8))
+    assert (upright[:, :8] == 1).all() and (upright[:, 8:] == -1).all()
+    Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(tmp_path / "deep.png")
+    expected = torch.linspace(-1, 1, 64).reshape(1, 8, 8)
+    torch.testing.assert_close(read_image(tmp_path / "deep.png", (1, 8, 8)), expected, atol=1 / 127, rtol=0)
+    torch.testing.assert_close(read_image(tmp_path / "deep.png", (3, 8, 8)), expected.expand(3, 8, 8), atol=1 / 127, rtol=0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match="deep.png is not a readable image"):
+        read_image(tmp_path / "deep.png", (1, 8, 8))
+
+
+def test_a_broken_image_is_found_before_training(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / f"{i}.png", mode="L", value=50 * i)
+    teacher = Teacher(tiny_unet2d(None))
+    data = load_data(Data(source="images", path=tmp_path), teacher, True)
+    assert data.x0 is not None and data.x0[:, 0, 0, 0].tolist() == pytest.approx([i * 50 / 127.5 - 1 for i in range(3)])
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="1.png is not a readable image"):
+        load_data(Data(source="images", path=tmp_path), teacher, True)
 
 
 def test_prompts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from tiny import tiny_stable_diffusion, tiny_unet2d
 
+from distill.config import load_config
 from distill.data.digits import load_digits
 from distill.errors import UserError
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
@@ -92,6 +94,31 @@ def test_metrics_say_what_they_need() -> None:
     assert check_metric("math:sqrt")(4.0) == 2.0  # type: ignore[arg-type, call-arg]
 
 
+def test_what_cannot_be_measured_is_refused() -> None:
+    few = Images(torch.rand(1, 1, 8, 8), [0], 1.0, 1.0)
+    for name in ("fd-digits", "kid", "precision", "coverage"):
+        with pytest.raises(UserError, match="1 samples are too few"):
+            measure(few, [name], Context())
+    diverged = Images(torch.rand(9, 1, 8, 8), [0] * 9, 1.0, 1.0)
+    diverged.images[2, 0, 3, 3] = float("nan")
+    with pytest.raises(UserError, match="1 of 9 images hold NaN"):
+        measure(diverged, ["accuracy"], Context())
+
+
+def test_refused_before_sampling(tmp_path: Path) -> None:
+    def refused(pipeline: object, metric: str, message: str, reference: Path | None = None) -> None:
+        with pytest.raises(UserError, match=message):
+            evaluate([Entry("x", pipeline)], [metric], samples=10**6, prompts=["a cat"], context=Context(reference))
+
+    refused(tiny_stable_diffusion(), "fd-digits", "StableDiffusionPipeline makes other images")
+    refused(tiny_unet2d(None), "accuracy", "not class-conditional")
+    refused(tiny_unet2d(), "clip-score", "takes no prompts")
+    refused(tiny_unet2d(), "fid", "--reference FOLDER")
+    refused(tiny_unet2d(), "fid", "holds no images", tmp_path)
+    with pytest.raises(UserError, match="--reference FOLDER"):
+        load_config("quickstart", ["evaluate.metrics=[fid]"])
+
+
 def test_generation_does_not_depend_on_the_batch_size() -> None:
     pipeline = tiny_unet2d()
     inputs = default_inputs(pipeline, 7)
@@ -101,6 +128,40 @@ def test_generation_does_not_depend_on_the_batch_size() -> None:
     torch.testing.assert_close(a.images, b.images, atol=1e-5, rtol=0)
     assert a.images.shape == (7, 1, 8, 8) and 0 <= a.images.min() and a.images.max() <= 1 and a.images_per_second > 0
     assert (generate(pipeline, inputs, steps=2, seed=6).images - a.images).abs().max() > 1e-3
+
+
+def test_seeds_share_no_noise() -> None:
+    pipeline = tiny_unet2d(None)
+    a, b = (generate(pipeline, [None] * 6, steps=1, seed=seed).images.flatten(1) for seed in (0, 1))
+    assert torch.cdist(a, b).min() > 1e-2
+
+
+class Slow:
+    """A pipeline whose first call takes 0.5 s, as one that warms up does; 10 ms per image after that, on a clock of its own."""
+
+    config: dict[str, int] = {}
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.clock = 0.0
+
+    def perf_counter(self) -> float:
+        return self.clock
+
+    def __call__(self, batch_size: int, num_inference_steps: int = 7, generator: object = None, output_type: str = "np") -> SimpleNamespace:
+        self.clock += 0.5 if not self.batches else 0.01 * batch_size
+        self.batches.append(batch_size)
+        return SimpleNamespace(images=np.zeros((batch_size, 8, 8, 1), dtype=np.float32))
+
+
+def test_speed_leaves_out_the_first_batch_and_a_partial_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Slow()
+    monkeypatch.setattr("distill.evaluate.generate.time", pipeline)
+    images = generate(pipeline, [None] * 41, batch_size=20)
+    assert pipeline.batches == [20, 20, 1] and images.images_per_second == pytest.approx(100) and images.seconds == pytest.approx(0.71)
+    pipeline.batches.clear()
+    assert generate(pipeline, [None] * 21, batch_size=20).images_per_second == pytest.approx(40)  # the only full one
 
 
 def test_kinds_of_pipelines() -> None:
@@ -116,6 +177,10 @@ def test_rows() -> None:
     rows = evaluate([Entry("teacher", teacher, 2), Entry("again", teacher, 1)], ["accuracy"], samples=60, batch_size=30)
     assert [r["steps"] for r in rows] == [2, 1] and rows[1]["speedup"] > 0 and 0 <= rows[0]["accuracy"] <= 1
     assert json.loads(json.dumps(rows)) == rows
+    assert evaluate([Entry("by itself", teacher)], [], samples=1)[0]["steps"] == 50  # the pipeline's own default
+    assert evaluate([Entry("slow", Slow())], [], samples=1)[0]["steps"] == 7  # the call's
+    titles, body = cells([{"name": "x", "steps": 1, "sharpness": 1.25, "seed": 3, "device": "cpu"}, {"name": "y", "steps": 2}])
+    assert titles == ["", "steps", "sharpness"] and body == [["x", "1", "1.25"], ["y", "2", "–"]]  # a metric of the user's own
     titles, body = cells(rows)
     assert titles[:2] == ["", "steps"] and body[0][0] == "teacher" and "| teacher | 2 |" in markdown(rows)
 
@@ -133,9 +198,11 @@ def test_grids(tmp_path: Path) -> None:
 
 def test_report_is_self_contained(tmp_path: Path) -> None:
     lines = [{"step": i, "student/loss": 1 / (i + 1), "critic/grad_norm": 2.0} for i in range(30)]
+    lines[7]["student/loss"] = float("nan")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "stu')
     rows = [{"name": "teacher <b>", "steps": 50, "fd_digits": 0.1234}]
     picture = comparison_grid([("x", torch.rand(2, 1, 8, 8))], columns=2)
     text = write_report(tmp_path, "dmd2", rows, [("Samples", picture)], "teacher: {}", "pipe = …").read_text()
     assert "teacher &lt;b&gt;" in text and "0.123" in text and text.count("<polyline") == 4 and "data:image/png;base64," in text
+    assert "nan" not in text.lower()
     assert "http" not in text and "<script" not in text

@@ -108,6 +108,8 @@ class Call:
         for path, affine in self.times.items():
             layout = self.layouts.get(path, Layout())
             value = affine(time).float()
+            if layout.kind == "stacked" and layout.rows > 1:
+                value = value.unsqueeze(1).expand(-1, layout.rows, *value.shape[1:])
             flat[path] = layout.join(value if layout.kind == "stacked" else list(value))
         return flat
 

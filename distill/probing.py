@@ -83,8 +83,13 @@ def understand(
     constants = {k: v for k, v in flats[0].items() if k not in dynamic}
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
-    call = Call(state, times, constants, layouts, None if isinstance(enter, View) and _plain(enter, steps[0].scaled) else enter, None, 1.0, guidance)
-    return Understanding(call, tuple(steps[0].sample.shape[1:]), copies, 0, tuple(whole), tuple(unexplained))
+    call = Call(state, times, constants, layouts, None if isinstance(enter, View) and _plain(enter, one_sample(steps[0].scaled)) else enter, None, 1.0, guidance)
+    return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained))
+
+
+def one_sample(sample: Tensor) -> Tensor:
+    """What a scheduler was given for one input as (1, ...): video pipelines may give it a row per frame."""
+    return sample if len(sample) == 1 else sample.unsqueeze(0)
 
 
 def understand_answer(found: Understanding, backbone: nn.Module, network: str, one: Recording, schedule: NoiseSchedule, kind: Kind) -> Understanding:
@@ -95,11 +100,11 @@ def understand_answer(found: Understanding, backbone: nn.Module, network: str, o
         NotUnderstood: if the scheduler is given something else.
     """
     steps = one.steps_of(network)
-    as_given = _answer(replace(found, kind=kind), network, [(s, s.model_output) for s in steps])
+    as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
     if as_given is not None:
         return as_given
     for other in KINDS:
-        if other != kind and all(s.model_output.shape == s.scaled.shape for s in steps):
+        if other != kind and all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
             targets = [(s, schedule.convert(s.model_output, s.scaled, schedule.from_model_time(s.timestep).expand(len(s.sample)), kind, other)) for s in steps]
             converted = _answer(replace(found, kind=other), network, targets, tolerance=1e-4)
             if converted is not None:
@@ -122,7 +127,7 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
     layouts: dict[str, Layout] = {}
     whole: list[str] = []
     b = two.first_calls(network)[-1].arguments if two is not None and two.first_calls(network) else None
-    size = len(first.sample)
+    size = 1
 
     def visit(x: Any, y: Any, path: str) -> None:
         if isinstance(x, Tensor):
@@ -201,7 +206,7 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
     layout = layouts.get(path, Layout())
     arrangement = None
     for flat, step in zip(flats, steps, strict=True):
-        size = len(step.sample)
+        scaled, size = one_sample(step.scaled), 1
         try:
             single = copies_of({path: flat[path]}, {path: layout}, copies)[0][path]
             entries = _per_copy(layout, copies).split(single, size)
@@ -210,7 +215,6 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
             return None
         if not isinstance(target, Tensor) or not target.is_floating_point() or len(target) != size:
             return None
-        scaled = step.scaled[: len(step.sample)]
         if arrangement is None:
             arrangement = find_inside(scaled[:1], target[:1])
             if arrangement is None:
@@ -274,7 +278,7 @@ def _rounded(x: float) -> float:
 
 def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Tensor]], tolerance: float = 0.0) -> Understanding | None:
     """Where the targets lie in the backbone's answers, and with which sign; None if they do not."""
-    answers = [per_copy_answer(_calls(step, network)[-1].output, len(step.sample), found.copies) for step, _ in targets]
+    answers = [per_copy_answer(_calls(step, network)[-1].output, 1, found.copies) for step, _ in targets]
     for kept in range(found.copies):
         for sign in (1.0, -1.0):
             arrangement: Arrangement | None = None

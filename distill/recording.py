@@ -83,6 +83,7 @@ def record(
     """
     recording = Recording()
     last: dict[str, Any] = {}
+    scale_original = {c: c.scale_model_input for c in schedulers(pipeline) if hasattr(c, "scale_model_input")}
 
     def forward_of(name: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -112,6 +113,8 @@ def record(
             given = signature.bind(self, *args, **kwargs).arguments
             sample, output = given["sample"].clone(), given["model_output"].clone()
             scaled = sample if recording.scaled is None else recording.scaled
+            if scaled.shape[1:] != sample.shape[1:]:  # the pipeline scaled it together with something else
+                scaled = scale_original[type(self)](self, sample, given["timestep"])
             known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
             done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)

@@ -34,7 +34,9 @@ PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refu
 SEEN_STEPS = 3  #: of them are computed: two timesteps differ, even where a solver visits one twice
 PROBE_GUIDANCE = 3.0
 GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale", "text_guidance_scale", "cfg_scale", "decoder_guidance_scale")
-OTHER_GUIDANCE = {"pag_scale": 0.0, "sag_scale": 0.0}  #: that of perturbed and of self-attention: not distilled
+OTHER_GUIDANCE = {  #: what switches off guidance of other kinds, which is not distilled: by perturbed or self-attention, by frame
+    "pag_scale": 0.0, "sag_scale": 0.0, "min_guidance_scale": 1.0, "max_guidance_scale": 1.0,
+}
 PLACEHOLDER = {"prompt": "a photograph", "class_labels": 0, None: None}
 LONGER_PROMPT = "a photograph of two"
 
@@ -136,7 +138,7 @@ class Teacher:
     def _find_network(self) -> str:
         """The component that denoises: the last one called before a step of the scheduler; in a cascade, the last stage's."""
         cascade = sum(hasattr(c, "set_timesteps") for c in self.pipeline.components.values()) > 1
-        seen = self._run([self.placeholder()], self._off, stop=None if cascade else _after_steps(1))
+        seen = self._run([self.placeholder()], self._off, lenient=True, stop=None if cascade else _after_steps(1))
         if not seen.steps or not seen.steps[-1].calls:
             raise NotUnderstood("its scheduler's step was never called", "scheduler")
         return seen.steps[-1].calls[-1].network
@@ -192,9 +194,13 @@ class Teacher:
 
     def _run(
         self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str] | None = None,
-        extra: Mapping[str, Any] | None = None, **settings: Any,
+        extra: Mapping[str, Any] | None = None, lenient: bool = False, **settings: Any,
     ) -> Recording:
-        """Run the pipeline's own call and record it."""
+        """Run the pipeline's own call and record it.
+
+        Args:
+            lenient: errors after the first step are not of interest: they are the decoder's.
+        """
         arguments: dict[str, Any] = dict(self.call) | dict(guidance) | dict(extra or {})
         if "num_inference_steps" in self._parameters:
             arguments["num_inference_steps"] = steps
@@ -217,6 +223,9 @@ class Teacher:
                 recording.result = self.pipeline(**arguments)
             except Stop:
                 pass
+            except Exception:
+                if not (lenient and recording.steps):
+                    raise
         return recording
 
     def _first_call(self, inputs: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, **settings: Any) -> Recording | None:
@@ -255,13 +264,13 @@ class Teacher:
                 continue
             step = found.steps_of(self.backbone_name)[0]
             calls = [c for c in step.calls if c.network == self.backbone_name]
-            answers = [a for c in calls for a in self._answers(c, self._recorded_batch)]
-            guided = step.model_output[: self._recorded_batch]  # some double the scheduler's sample, too
+            answers = [a for c in calls for a in self._answers(c)]
+            guided = self._single(step.model_output)  # some double the scheduler's sample, too
             if len(answers) == 1:
                 embedded = embedded or self._find_embedded(name, off, calls[0])
             elif len(answers) == 2:
                 tolerance = 1e-4 if guided.dtype == torch.float32 else 2e-2
-                rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, step.sample.shape[1] if step.sample.dim() > 1 else None)
+                rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, self.sample_shape[0] if step.sample.dim() > 1 else None)
                 if rule is not None:
                     self._learn_from_guided(calls)
                     return Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0]), embedded
@@ -275,22 +284,26 @@ class Teacher:
         for path, value in understood.call.constants.items():
             guided = [t.get(path) for t in told]
             if isinstance(value, Tensor) and isinstance(guided[0], Tensor) and value.dim() and guided[0].shape == (2 * len(value), *value.shape[1:]):
-                layouts[path] = Layout("stacked", 0, len(value) // self._recorded_batch or 1)
+                layouts[path] = Layout("stacked", 0, len(value))
             elif len(guided) == 2 and any(not same(value, g) for g in guided):
                 layouts[path] = Layout("shared")
         constants = {k: v for k, v in understood.call.constants.items() if k not in layouts}
         self._understood = replace(understood, call=replace(understood.call, layouts=layouts, constants=constants))
 
-    @property
-    def _recorded_batch(self) -> int:
-        """Rows of the scheduler's sample for one input: frames or views may be rows, too."""
-        return len(self._recorded.steps_of(self.backbone_name)[0].sample)
+    def _single(self, value: Tensor) -> Tensor:
+        """What a scheduler was given or made, for one input, as (1, *sample_shape or more channels)."""
+        rows = 1 if len(self.sample_shape) == value.dim() - 1 else self.sample_shape[0]
+        return value[:1] if rows == 1 else value[:rows].unsqueeze(0)
 
-    def _answers(self, call: NetworkCall, batch: int) -> list[Tensor]:
-        """The model outputs in one call's answer, one per copy of the batch."""
-        understood = self._understood
+    def _rows(self, x: Tensor) -> Tensor:
+        """The inverse of ``_single`` for a batch: as the scheduler takes it."""
+        return x if x.dim() == len(self._recorded.steps_of(self.backbone_name)[0].sample.shape) else x.flatten(0, 1)
+
+    def _answers(self, call: NetworkCall) -> list[Tensor]:
+        """The model outputs in one call's answer to one input, one per copy."""
+        understood, batch = self._understood, 1
         rows = len(flatten(call.arguments, understood.whole)[understood.call.state])
-        copies = max(1, rows // (understood.call.layouts[understood.call.state].rows * batch))
+        copies = max(1, rows // understood.call.layouts[understood.call.state].rows)
         leave, sign = understood.call.leave, understood.call.sign
         return [sign * (leave(p) if leave is not None else p) for p in per_copy_answer(call.output, batch, copies)]
 
@@ -428,10 +441,11 @@ class Teacher:
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for i, timestep in enumerate(scheduler.timesteps if steps is None else [s.timestep for s in steps]):
             t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
-            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-            value = self._for_scheduler(denoiser.predict(scaled, t, condition))
+            rows = self._rows(x)
+            scaled = scheduler.scale_model_input(rows, timestep) if hasattr(scheduler, "scale_model_input") else rows
+            value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
             settings = {} if steps is None else steps[i].settings
-            x = scheduler.step(value, timestep, x, **extra, **settings, return_dict=False)[0]
+            x = scheduler.step(self._rows(value), timestep, rows, **extra, **settings, return_dict=False)[0].reshape(x.shape)
         return x
 
     def _for_scheduler(self, prediction: Prediction) -> Tensor:
@@ -458,17 +472,17 @@ class Teacher:
                 seen["state"] = own.get_state()  # what the pipeline draws after its initial noise, the scheduler draws
             return False
 
-        theirs = self._run([self.placeholder()], arguments, steps=steps, stop=stop, negative=[self._negative] if guidance != 1.0 else None, extra={"generator": own} if "generator" in self._parameters else None)
+        theirs = self._run([self.placeholder()], arguments, steps=steps, stop=stop, lenient=True, negative=[self._negative] if guidance != 1.0 else None, extra={"generator": own} if "generator" in self._parameters else None)
         generator = torch.Generator()
         if "state" in seen:
             generator.set_state(seen["state"])
         scheduler = self.scheduler(steps)  # what it draws from the global generator, it draws again
         visited, condition = theirs.steps_of(self.backbone_name), self.condition([self.placeholder()])
-        one = slice(0, self._recorded_batch)
+        single = self._single
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
-            pairs = [(self.drive(scheduler, condition, visited[0].sample[one], guidance, generator, visited), visited[-1].result[one])]
+            pairs = [(self.drive(scheduler, condition, single(visited[0].sample), guidance, generator, visited), single(visited[-1].result))]
         else:
-            pairs = [(self.drive(scheduler, condition, s.sample[one], guidance, generator, [s]), s.result[one]) for s in visited]
+            pairs = [(self.drive(scheduler, condition, single(s.sample), guidance, generator, [s]), single(s.result)) for s in visited]
         return max(float((mine - theirs).abs().max()) / max(1.0, float(theirs.abs().max())) for mine, theirs in pairs)
 
     @cached_property
@@ -511,11 +525,11 @@ class Teacher:
         worst = 0.0
         off = next(iter(self._off.values()), 1.0)
         for step in self._recorded.steps_of(self.backbone_name):
-            values = self._values(Recording([step]), self._understood.copies, len(step.sample))[self._understood.kept]
+            values = self._values(Recording([step]), self._understood.copies, 1)[self._understood.kept]
             t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
-            told = Condition(values, guidance=torch.full((len(step.sample),), off, device=self.device))
-            mine = self._for_scheduler(self.denoiser.predict(step.scaled, t, told))
-            worst = max(worst, float((mine - step.model_output).abs().max()) / max(1.0, float(step.model_output.abs().max())))
+            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
+            mine, theirs = self._for_scheduler(self.denoiser.predict(self._single(step.scaled), t, told)), self._single(step.model_output)
+            worst = max(worst, float((mine - theirs).abs().max()) / max(1.0, float(theirs.abs().max())))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "

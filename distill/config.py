@@ -37,6 +37,8 @@ class Teacher(Section):
     revision: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False
+    call: dict[str, str | int | float | bool] = {}  #: further arguments of the pipeline's call, the same for every sample: height, width, …
+    override: str | None = None  #: module:NAME of a distill.overrides.Override: what probing cannot infer
 
 
 class LoRA(Section):

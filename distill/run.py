@@ -21,6 +21,7 @@ from distill.errors import UserError
 from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator
 from distill.methods.base import Method
+from distill.overrides import find_override
 from distill.roles import Adapters, LoRA, Roles, build_roles
 from distill.student import Student
 from distill.teacher import Teacher
@@ -45,7 +46,7 @@ def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
         section.pipeline, dtype=DTYPES[section.dtype], device=device, trust_remote_code=section.trust_remote_code,
         revision=section.revision, variant=section.variant,
     )
-    teacher = Teacher(pipeline)
+    teacher = Teacher(pipeline, section.call, find_override(section.override, type(pipeline).__name__))
     teacher.check(1e-5 if section.dtype == "float32" else 5e-2)
     return teacher
 

@@ -63,6 +63,8 @@ class Data(Section):
     source: Literal["digits", "images", "prompts", "none"] = "none"
     path: Path | None = None  #: of images (a folder) or prompts (a text or JSONL file)
     split: Literal["train", "all"] = "train"
+    cache: bool = True  #: keep encoded prompts and latents on disk, for the next run
+    cache_folder: Path | None = None  #: $DISTILL_CACHE or ~/.cache/distill if not given
 
 
 class Optimizer(Section):

@@ -74,8 +74,8 @@ def understand(
                 unexplained.append(path)
                 continue
             times[path] = affine
-            if layouts.get(path, Layout("shared")).kind == "shared":
-                layouts[path] = Layout()
+            if layouts.get(path, Layout("shared")).kind == "shared":  # one time for all rows: a network takes one per row, too
+                layouts[path] = Layout(rows=layouts[state].rows)
     if not times:
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
     dynamic = {state, guidance, *times, *layouts, *unexplained}
@@ -83,7 +83,8 @@ def understand(
     constants = {k: v for k, v in flats[0].items() if k not in dynamic}
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
-    call = Call(state, times, constants, layouts, None if isinstance(enter, View) and _plain(enter, one_sample(steps[0].scaled)) else enter, None, 1.0, guidance)
+    plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
+    call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance)
     return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained))
 
 
@@ -141,7 +142,8 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
             for key, inner in x.items():
                 visit(inner, y.get(key) if isinstance(y, Mapping) else None, f"{path}.{key}" if path else key)
         elif type(x) in (list, tuple) and x:
-            if (isinstance(y, (list, tuple)) and len(y) == 2 * len(x)) or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
+            doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
+            if doubled or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
                 layouts[path] = Layout("listed", 0, len(x) // size)
                 whole.append(path)
             else:
@@ -189,7 +191,8 @@ def copies_of(arguments: Mapping[str, Any], layouts: Mapping[str, Layout], copie
 
 
 def _state(
-    flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], candidates: Sequence[str], backbone: nn.Module, changed: Sequence[str],
+    flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], candidates: Sequence[str], backbone: nn.Module,
+    changed: Sequence[str],
 ) -> tuple[str, Arrangement, int]:
     """(path, arrangement, copies): the argument in which the scheduler's sample is found again."""
     for path in candidates:
@@ -222,10 +225,6 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
         if not torch.equal(arrangement(scaled.to(target.dtype), target), target):
             return None
     return arrangement
-
-
-def _plain(view: View, sample: Tensor) -> bool:
-    return view.shape == tuple(sample.shape[1:])
 
 
 def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], copies: int) -> Affine | None:

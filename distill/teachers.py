@@ -55,7 +55,7 @@ def describe(teacher: Teacher) -> list[tuple[str, str]]:
         ("pipeline", type(teacher.pipeline).__name__),
         ("backbone", f"{teacher.backbone_name}: {type(teacher.backbone).__name__}, {parameters:,} parameters"),
         ("predicts", denoiser.kind + (", negated" if call.sign < 0 else "")),
-        ("schedule", f"{type(denoiser.schedule).__name__}, from {type(teacher.pipeline.scheduler).__name__ if hasattr(teacher.pipeline, 'scheduler') else 'its scheduler'}"),
+        ("schedule", f"{type(denoiser.schedule).__name__}, from {type(teacher.scheduler(5)).__name__}"),
         ("sample", "×".join(map(str, teacher.sample_shape))),
         ("state", f"{call.state}" + (f", {type(call.enter).__name__.lower()}" if call.enter else "")),
         ("time", ", ".join(f"{k} = {_affine(v)}" for k, v in call.times.items())),

@@ -35,7 +35,6 @@ from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
 from distill.schedule import NoiseSchedule
 
-
 Weighting = Literal["uniform", "inverse_gap", "inverse_noise"]
 
 

@@ -92,7 +92,8 @@ def finite_grid_checks() -> Iterator[Check]:
         yield between("consistency", f"finite-grid optimum, {solver}, {intervals} intervals (closed form {expected})", value, expected * 0.99, expected * 1.01)
     for intervals in (8, 64):
         value, expected = finite_grid_ratio(intervals, "data"), straight_ratio(intervals)
-        yield between("consistency", f"finite-grid optimum, real data, {intervals} intervals (closed form {expected:.3f})", value, expected * 0.99, expected * 1.01)
+        title = f"finite-grid optimum, real data, {intervals} intervals (closed form {expected:.3f})"
+        yield between("consistency", title, value, expected * 0.99, expected * 1.01)
     with replaced(rule, "straight_step", lambda schedule, x0, noise, s: schedule.add_noise(x0, noise.flip(0).roll(1, 0), s)):
         value = finite_grid_ratio(64, "data")
     expected = straight_ratio(64)

@@ -138,7 +138,9 @@ def test_real_data_needs_no_teacher() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"discretization": (10, 5)}, {"discretization": (0, 5)}, {"guidance_range": (5.0, 2.0)}, {"guidance_range": (0.5, 2.0)}, {"steps": 9}, {"solver": "data", "guidance_scale": 2.0}]
+    "settings",
+    [{"discretization": (10, 5)}, {"discretization": (0, 5)}, {"guidance_range": (5.0, 2.0)}, {"guidance_range": (0.5, 2.0)}, {"steps": 9},
+     {"solver": "data", "guidance_scale": 2.0}],
 )
 def test_impossible_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

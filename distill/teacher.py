@@ -132,11 +132,16 @@ class Teacher:
     def _condition(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
         found, guidance, batch = self._found, self.guidance, len(entries)
         if guidance is None:
-            return Condition(self._values(self._first_calls(entries, found.off), found.understood.copies, batch)[found.understood.kept])
+            return self._plain_condition(entries)
         told = found.off | {guidance.argument: PROBE_SCALE}
         recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
         parts = self._values(recording, guidance.copies, batch)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
+
+    def _plain_condition(self, entries: list[Any]) -> Condition:
+        """As the pipeline encodes without guidance: no null condition."""
+        found = self._found
+        return Condition(self._values(self._first_calls(entries, found.off), found.understood.copies, len(entries))[found.understood.kept])
 
     def _first_calls(
         self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
@@ -293,10 +298,11 @@ class Teacher:
                 later.set_state(theirs.get_state())  # what the pipeline draws after its initial noise, the scheduler draws
             return False
 
-        negative = [self._runner.negative] if guidance != 1 else None
+        negative = [self._runner.negative]  # also without guidance: the earlier stages of a cascade may be guided
         recording = self._runner.run([self.placeholder()], arguments, steps=steps, stop=note, lenient=True, negative=negative, generator=theirs)
         visited = recording.steps_of(found.network)
-        condition, scheduler = self.condition([self.placeholder()]), self.scheduler(steps)
+        encode = self.condition if guidance != 1 else self._plain_condition
+        condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
         return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)

@@ -12,6 +12,7 @@ the generator, the type of the output and the guidance scale. A function among t
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,17 @@ def finished(function: Callable[[], Any]) -> Any:
 def modules(pipeline: Any) -> list[nn.Module]:
     """The networks of a pipeline."""
     return [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+
+
+def assemble(name: str, **parts: Any) -> Any:
+    """The pipeline class of that name on those of the parts that its constructor takes; what it requires beyond them is None (safety checkers and the like)."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    wanted = inspect.signature(cls.__init__).parameters
+    required = [k for k, p in wanted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and k != "self"]
+    switches = {"requires_safety_checker": False} if "requires_safety_checker" in wanted else {}
+    return cls(**{**dict.fromkeys(required), **switches, **{k: v for k, v in parts.items() if k in wanted}})
 
 
 # Inputs

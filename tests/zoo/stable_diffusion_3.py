@@ -16,8 +16,8 @@ def parts(channels: int = 4) -> dict[str, Any]:
     """Every component of the family; latents of 8×8 in patches of two."""
     return {
         "transformer": SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=channels, out_channels=channels, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
-            caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16,
+            sample_size=8, patch_size=2, in_channels=channels, out_channels=channels, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=16,
         ),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": tiny_autoencoder_kl(channels, shift_factor=0.06),
         "text_encoder": tiny_clip_text(projection=16), "tokenizer": tiny_clip_tokenizer(), "text_encoder_2": tiny_clip_text(projection=16),

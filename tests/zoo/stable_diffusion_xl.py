@@ -23,8 +23,8 @@ def parts(**settings: Any) -> dict[str, Any]:
     }
     scheduler = unet.pop("scheduler", None) or vp_scheduler(cls=EulerDiscreteScheduler, steps_offset=1, timestep_spacing="leading")
     return {
-        **stable_diffusion_parts(scheduler, **unet), "text_encoder_2": tiny_clip_text(projection=16), "tokenizer_2": tiny_clip_tokenizer(), "image_encoder": None,
-        "feature_extractor": None,
+        **stable_diffusion_parts(scheduler, **unet), "text_encoder_2": tiny_clip_text(projection=16), "tokenizer_2": tiny_clip_tokenizer(),
+        "image_encoder": None, "feature_extractor": None,
     }
 
 
@@ -45,8 +45,9 @@ def _controlled(name: str) -> Any:
 def union(unet: Any) -> ControlNetUnionModel:
     """One ControlNet of several kinds of control."""
     shared = (
-        "in_channels", "down_block_types", "block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim", "attention_head_dim",
-        "norm_num_groups", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+        "in_channels", "down_block_types", "block_out_channels", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim",
+        "attention_head_dim", "norm_num_groups", "use_linear_projection", "addition_embed_type", "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
     )
     return ControlNetUnionModel(
         **{k: unet.config[k] for k in shared}, conditioning_embedding_out_channels=(8, 16), num_control_type=2, num_trans_channel=16, num_trans_head=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import (
@@ -81,7 +82,8 @@ def AllegroPipeline() -> Any:
         down_block_types=("AllegroDownBlock3D",) * 4, up_block_types=("AllegroUpBlock3D",) * 4, block_out_channels=(8,) * 4, latent_channels=4,
         layers_per_block=1, norm_num_groups=2,
     )
-    vae.enable_tiling()  # it decodes in tiles only
+    vae.enable_tiling()  # it decodes in tiles only: one here
+    vae.kernel = vae.stride = (8, 16, 16)
     return assemble("AllegroPipeline", **{**pixart(), "transformer": transformer, "vae": vae, "scheduler": EulerAncestralDiscreteScheduler()})
 
 
@@ -92,11 +94,11 @@ def hunyuan() -> dict[str, Any]:
     """BERT and T5."""
     transformer = HunyuanDiT2DModel(
         sample_size=8, num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=2, in_channels=4, hidden_size=16, cross_attention_dim=16,
-        cross_attention_dim_t5=16, pooled_projection_dim=16, activation_fn="gelu-approximate", text_len=16, text_len_t5=256,
+        cross_attention_dim_t5=16, pooled_projection_dim=16, activation_fn="gelu-approximate", text_len=77, text_len_t5=256,
     )
     return {
         "transformer": transformer, "vae": tiny_autoencoder_kl(), "scheduler": DDPMScheduler(beta_end=0.03, prediction_type="v_prediction", steps_offset=1),
-        "text_encoder": tiny_bert(), "tokenizer": tiny_bert_tokenizer(), "text_encoder_2": tiny_t5(), "tokenizer_2": tiny_t5_tokenizer(256),
+        "text_encoder": tiny_bert(), "tokenizer": tiny_bert_tokenizer(77), "text_encoder_2": tiny_t5(), "tokenizer_2": tiny_t5_tokenizer(256),
     }
 
 
@@ -107,20 +109,24 @@ add("HunyuanDiTPAGPipeline", "text-to-image", lambda: assemble("HunyuanDiTPAGPip
 @case("control", **TEXT, control_image=lambda: tiny_image())
 def HunyuanDiTControlNetPipeline() -> Any:
     shared = hunyuan()
-    net = HunyuanDiT2DControlNetModel.from_transformer(shared["transformer"], transformer_num_layers=4)
+    wanted = inspect.signature(HunyuanDiT2DControlNetModel).parameters
+    settings = {k: v for k, v in shared["transformer"].config.items() if k in wanted}
+    net = HunyuanDiT2DControlNetModel(**settings, transformer_num_layers=4)
     return assemble("HunyuanDiTControlNetPipeline", **shared, controlnet=net)
 
 
 # Sana
 
+LARGER = {**TEXT, "height": 32, "width": 32}
 GEMMA = {"complex_human_instruction": None, "clean_caption": False, **LENGTH}
+SPRINT = {"intermediate_timesteps": None}  # for any number of steps
 
 
 def sana(sprint: bool = False) -> dict[str, Any]:
     """Gemma, linear attention, an autoencoder that compresses more (here: twice); Sprint is TrigFlow with the guidance among the inputs."""
     transformer = SanaTransformer2DModel(
         patch_size=1, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=8,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16,
         **({"qk_norm": "rms_norm_across_heads", "guidance_embeds": True} if sprint else {}),
     )
     vae = AutoencoderDC(
@@ -135,23 +141,23 @@ def sana(sprint: bool = False) -> dict[str, Any]:
     }
 
 
-add("SanaPipeline", "text-to-image", lambda: assemble("SanaPipeline", **sana()), **TEXT, **GEMMA)
-add("SanaSprintPipeline", "text-to-image", lambda: assemble("SanaSprintPipeline", **sana(sprint=True)), **TEXT, **GEMMA)
+add("SanaPipeline", "text-to-image", lambda: assemble("SanaPipeline", **sana()), **LARGER, **GEMMA)
+add("SanaSprintPipeline", "text-to-image", lambda: assemble("SanaSprintPipeline", **sana(sprint=True)), **LARGER, **GEMMA, **SPRINT)
 add(
-    "SanaSprintImg2ImgPipeline", "image-to-image", lambda: assemble("SanaSprintImg2ImgPipeline", **sana(sprint=True)), **TEXT, **GEMMA,
-    image=lambda: tiny_image(), strength=0.8,
+    "SanaSprintImg2ImgPipeline", "image-to-image", lambda: assemble("SanaSprintImg2ImgPipeline", **sana(sprint=True)), **LARGER, **GEMMA,
+    **SPRINT, image=lambda: tiny_image(32), strength=0.8,
 )
 
 
-@case("text-to-image", **TEXT, **GEMMA, pag_scale=2.0)
+@case("text-to-image", **LARGER, **GEMMA, pag_scale=2.0)
 def SanaPAGPipeline() -> Any:
     return assemble("SanaPAGPipeline", **{**sana(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}, pag_applied_layers="blocks.1")
 
 
-@case("control", **TEXT, **GEMMA, control_image=lambda: tiny_image())
+@case("control", **LARGER, **GEMMA, control_image=lambda: tiny_image(32))
 def SanaControlNetPipeline() -> Any:
     shared = sana()
-    settings = {k: v for k, v in shared["transformer"].config.items() if not k.startswith("_")}
-    wanted = ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale")
-    net = SanaControlNetModel(**{**{k: v for k, v in settings.items() if k not in wanted}, "num_layers": 1})
+    wanted = inspect.signature(SanaControlNetModel).parameters
+    settings = {k: v for k, v in shared["transformer"].config.items() if k in wanted}
+    net = SanaControlNetModel(**{**settings, "num_layers": 1})
     return assemble("SanaControlNetPipeline", **shared, controlnet=net)

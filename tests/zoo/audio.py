@@ -84,14 +84,15 @@ def MusicLDMPipeline() -> Any:
 @case("audio", **SOUND, max_new_tokens=4)
 def AudioLDM2Pipeline() -> Any:
     from diffusers.pipelines.audioldm2 import AudioLDM2ProjectionModel
-    from transformers import GPT2Config, GPT2Model
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     unet = AudioLDM2UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=(16, 16),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4,
     )
     return assemble(
-        "AudioLDM2Pipeline", **{**parts(cross_attention_dim=(16, 32)), "unet": unet, "tokenizer": _roberta()}, text_encoder=clap(), text_encoder_2=tiny_t5(),
-        feature_extractor=sounds(), tokenizer_2=tiny_t5_tokenizer(), projection_model=AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=16, langauge_model_dim=16),
-        language_model=GPT2Model(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=32, n_positions=64)),
+        "AudioLDM2Pipeline", **{**parts(cross_attention_dim=(16, 32)), "unet": unet, "tokenizer": _roberta()}, text_encoder=clap(),
+        text_encoder_2=tiny_t5(), feature_extractor=sounds(), tokenizer_2=tiny_t5_tokenizer(),
+        projection_model=AudioLDM2ProjectionModel(text_encoder_dim=16, text_encoder_1_dim=16, langauge_model_dim=16),
+        language_model=GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=32, n_positions=64)),
     )

@@ -64,6 +64,7 @@ def chroma(name: str) -> dict[str, Any]:
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
         axes_dims_rope=[4, 4, 8], approximator_hidden_dim=16, approximator_layers=1, approximator_num_channels=16,
     )
+    transformer.register_to_config(guidance_embeds=False)  # ChromaInpaintPipeline reads it from the published config
     vae = tiny_autoencoder_kl(shift_factor=0.0609, scaling_factor=1.5035)
     return dict(scheduler=flow(), vae=vae, text_encoder=tiny_t5(), tokenizer=tiny_t5_tokenizer(), transformer=transformer)
 
@@ -115,7 +116,7 @@ def hidream(name: str) -> dict[str, Any]:
         scheduler=flow(), vae=tiny_autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=tiny_clip_text(projection=16), tokenizer=tiny_clip_tokenizer(), text_encoder_2=tiny_clip_text(projection=16), tokenizer_2=tiny_clip_tokenizer(),
         text_encoder_3=tiny_t5(), tokenizer_3=tiny_t5_tokenizer(), text_encoder_4=language_model(16, "LlamaForCausalLM"), tokenizer_4=bytes_tokenizer(),
-        transformer=transformer,
+        transformer=transformer, attributes=dict(default_sample_size=16),
     )
 
 

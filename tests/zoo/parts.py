@@ -59,9 +59,17 @@ def qwen_vl(width: int = 16, cls: str = "Qwen2_5_VLForConditionalGeneration", la
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
         rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4}, pad_token_id=0, bos_token_id=3, eos_token_id=1,
     )
-    vision = dict(depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=4, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    vision = dict(depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=8, num_position_embeddings=16, deepstack_visual_indexes=[0])
     config = getattr(transformers, cls.replace("ForConditionalGeneration", "").replace("Model", "") + "Config")
     return getattr(transformers, cls)(config(text_config=text, vision_config=vision, vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9, **settings))
+
+
+def qwen_processor(version: int = 2) -> Any:
+    """Text and pictures for `qwen_vl`: at most 4 tokens per picture, whatever its size."""
+    image = transformers.Qwen2VLImageProcessor(min_pixels=256, max_pixels=1024, patch_size=8, merge_size=2)
+    video = transformers.Qwen2VLVideoProcessor() if version == 2 else transformers.Qwen3VLVideoProcessor()
+    cls = transformers.Qwen2VLProcessor if version == 2 else transformers.Qwen3VLProcessor
+    return cls(image_processor=image, tokenizer=bytes_tokenizer(4096), video_processor=video, chat_template=TEMPLATE)
 
 
 def flow(**settings: Any) -> Any:
@@ -71,10 +79,12 @@ def flow(**settings: Any) -> Any:
 
 def wan_vae(channels: int = 4, cls: str = "AutoencoderKLWan", **settings: Any) -> Any:
     """A causal video autoencoder: 8× in space, 4× in time (Wan, Qwen-Image, …)."""
-    return getattr(diffusers, cls)(**{
+    vae = getattr(diffusers, cls)(**{
         "base_dim": 3, "z_dim": channels, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
         "latents_mean": [0.0] * channels, "latents_std": [1.0] * channels, **settings,
     })
+    randomize(vae)
+    return vae
 
 
 def ones(length: int = 5, dtype: torch.dtype = torch.long) -> Tensor:
@@ -113,7 +123,7 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
     """Every matrix is drawn again: layers that start at zero, or with whatever memory held, would make a network that ignores its conditions."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
-        if parameter.ndim >= 2:
+        if parameter.ndim >= 2 and parameter.numel():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter[0].numel()))
 
 
@@ -126,7 +136,11 @@ def assemble(build: Callable[[str], dict[str, Any]], name: str) -> Any:
     for key, part in parts.items():
         if key.startswith(BACKBONES) and isinstance(part, nn.Module):
             randomize(part)
-    return getattr(diffusers, name)(**parts)
+    attributes = parts.pop("attributes", {})  # what the pipeline's own constructor would set for full-size networks
+    pipeline = getattr(diffusers, name)(**parts)
+    for key, value in attributes.items():
+        setattr(pipeline, key, value)
+    return pipeline
 
 
 def family(build: Callable[[str], dict[str, Any]], **rows: tuple[str, dict[str, Any]]) -> None:

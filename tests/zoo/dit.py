@@ -116,7 +116,7 @@ def hidream(name: str) -> dict[str, Any]:
         scheduler=flow(), vae=tiny_autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159),
         text_encoder=tiny_clip_text(projection=16), tokenizer=tiny_clip_tokenizer(), text_encoder_2=tiny_clip_text(projection=16), tokenizer_2=tiny_clip_tokenizer(),
         text_encoder_3=tiny_t5(), tokenizer_3=tiny_t5_tokenizer(), text_encoder_4=language_model(16, "LlamaForCausalLM"), tokenizer_4=bytes_tokenizer(),
-        transformer=transformer, attributes=dict(default_sample_size=16),
+        transformer=transformer,
     )
 
 

@@ -1,4 +1,4 @@
-"""More text-to-image transformers: Lumina, OmniGen, PRX, Z-Image, ERNIE, GLM, Ideogram, DreamLite, Kandinsky 5, JoyImage, Fibo 2, the HunyuanImage refiner."""
+"""More text-to-image transformers: Lumina, OmniGen, PRX, Z-Image, ERNIE, GLM, Ideogram, DreamLite."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import diffusers
 import torch
 import transformers
 
-from zoo.core import tensor, tiny_autoencoder_kl, tiny_clip_text, tiny_clip_tokenizer, tiny_image, tiny_t5, tiny_t5_tokenizer
-from zoo.parts import bytes_tokenizer, embeddings, family, flow, inputs, language_model, qwen_processor, qwen_vl, wan_vae
+from zoo.core import tiny_autoencoder_kl, tiny_t5, tiny_t5_tokenizer
+from zoo.parts import bytes_tokenizer, family, flow, inputs, language_model, qwen_processor, qwen_vl
 
 SMALL = dict(height=16, width=16)
 BOTH = "prompt negative_prompt"
@@ -44,13 +44,13 @@ def omnigen(name: str) -> dict[str, Any]:
     """Time runs from 0 (noise) to 1; the prompt's tokens are embedded by the network itself."""
     transformer = diffusers.OmniGenTransformer2DModel(
         hidden_size=32, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_layers=1, in_channels=4, time_step_dim=16, patch_size=2,
-        vocab_size=300, pad_token_id=0, bos_token_id=3, eos_token_id=1, rope_scaling=dict(long_factor=[1] * 8, short_factor=[1] * 8), pos_embed_max_size=64,
+        vocab_size=300, pad_token_id=0, rope_scaling=dict(long_factor=[1] * 8, short_factor=[1] * 8), pos_embed_max_size=64,
     )
     scheduler = flow(invert_sigmas=True, num_train_timesteps=1)
-    return dict(transformer=transformer, scheduler=scheduler, vae=tiny_autoencoder_kl(), tokenizer=bytes_tokenizer(256))
+    return dict(transformer=transformer, scheduler=scheduler, vae=tiny_autoencoder_kl(channels=(8,) * 4), tokenizer=bytes_tokenizer(1024))
 
 
-family(omnigen, OmniGenPipeline=("text-to-image", inputs("prompt", **SMALL)))
+family(omnigen, OmniGenPipeline=("text-to-image", inputs("prompt", height=32, width=32)))
 
 
 def prx(name: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def glm(name: str) -> dict[str, Any]:
     )
 
 
-family(glm, GlmImagePipeline=("text-to-image", inputs("prompt", prior_token_ids=lambda: torch.arange(16)[None], height=16, width=16, max_sequence_length=16)))
+family(glm, GlmImagePipeline=("text-to-image", inputs("", prompt='a "red" apple', prior_token_ids=lambda: torch.arange(16)[None], height=16, width=16, max_sequence_length=16)))
 
 
 def ideogram(name: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def ideogram(name: str) -> dict[str, Any]:
     )
 
 
-family(ideogram, Ideogram4Pipeline=("text-to-image", inputs("prompt", **SMALL, max_sequence_length=64)))
+family(ideogram, Ideogram4Pipeline=("text-to-image", inputs("prompt", **SMALL, max_sequence_length=64, guidance_schedule=None)))
 
 
 def dreamlite(name: str) -> dict[str, Any]:

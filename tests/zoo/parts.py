@@ -87,6 +87,14 @@ def wan_vae(channels: int = 4, cls: str = "AutoencoderKLWan", **settings: Any) -
     return vae
 
 
+def hunyuan_video_vae(channels: int = 4, levels: int = 4) -> Any:
+    """A causal video autoencoder: 8× in space, 4× in time, with four levels."""
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=channels, down_block_types=("HunyuanVideoDownBlock3D",) * levels, up_block_types=("HunyuanVideoUpBlock3D",) * levels,
+        block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False,
+    )
+
+
 def ones(length: int = 5, dtype: torch.dtype = torch.long) -> Tensor:
     """(1, length): a mask that hides nothing."""
     return torch.ones(1, length, dtype=dtype)
@@ -136,9 +144,20 @@ def assemble(build: Callable[[str], dict[str, Any]], name: str) -> Any:
     for key, part in parts.items():
         if key.startswith(BACKBONES) and isinstance(part, nn.Module):
             randomize(part)
-    attributes = parts.pop("attributes", {})  # what the pipeline's own constructor would set for full-size networks
-    pipeline = getattr(diffusers, name)(**parts)
-    for key, value in attributes.items():
+    return adapt(getattr(diffusers, name)(**parts))
+
+
+ATTRIBUTES: dict[str, dict[str, Any]] = {  # what the pipeline's own constructor fixes for full-size networks
+    "HiDreamImagePipeline": {"default_sample_size": 16},
+    "Kandinsky5T2IPipeline": {"resolutions": [(64, 64)]},
+    "Kandinsky5I2IPipeline": {"resolutions": [(64, 64)]},
+    "BriaFibo2Pipeline": {"text_encoder_out_layers": ((0, 1, 2), (1, 2, 0))},
+}
+
+
+def adapt(pipeline: Any) -> Any:
+    """The pipeline, also one that was just loaded, with the attributes that it needs for tiny networks."""
+    for key, value in ATTRIBUTES.get(type(pipeline).__name__, {}).items():
         setattr(pipeline, key, value)
     return pipeline
 

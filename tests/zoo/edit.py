@@ -52,7 +52,7 @@ family(refiner, HunyuanImageRefinerPipeline=("image-to-image", inputs("prompt im
 def fibo2(name: str) -> dict[str, Any]:
     """Bundles of three layers of the text encoder: the first is the text, each other is added at a block."""
     transformer = diffusers.BriaFibo2Transformer2DModel(
-        in_channels=16, patch_size=1, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=48, injection_layer_ids=(0,),
+        in_channels=4, patch_size=2, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=48, injection_layer_ids=(0,),
         perceiver_num_layers=1, min_num_gist_tokens=4, max_num_gist_tokens=8, gist_step=2, gist_min_text_len=16, gist_max_text_len=64, axes_dims=(8, 4, 4),
         axes_lens=(512, 64, 64),
     )

@@ -31,5 +31,5 @@ family(
     Kandinsky5T2IPipeline=("text-to-image", inputs(BOTH, height=64, width=64)),
     Kandinsky5I2IPipeline=("image-to-image", inputs(BOTH + " image", height=64, width=64)),
     Kandinsky5T2VPipeline=("text-to-video", inputs(BOTH, **VIDEO)),
-    Kandinsky5I2VPipeline=("image-to-video", inputs(BOTH + " image", **VIDEO)),
+    Kandinsky5I2VPipeline=("image-to-video", inputs(BOTH + " image", **{**VIDEO, "num_frames": 21})),  # the first four latent frames follow the others' statistics
 )

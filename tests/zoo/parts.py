@@ -59,7 +59,7 @@ def qwen_vl(width: int = 16, cls: str = "Qwen2_5_VLForConditionalGeneration", la
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
         rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4}, pad_token_id=0, bos_token_id=3, eos_token_id=1,
     )
-    vision = dict(depth=1, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=8, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    vision = dict(depth=1, embed_dim=width, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=8, num_position_embeddings=16, deepstack_visual_indexes=[0])
     config = getattr(transformers, cls.replace("ForConditionalGeneration", "").replace("Model", "") + "Config")
     return getattr(transformers, cls)(config(text_config=text, vision_config=vision, vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9, **settings))
 
@@ -151,6 +151,10 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {  # what the pipeline's own constructor
     "HiDreamImagePipeline": {"default_sample_size": 16},
     "Kandinsky5T2IPipeline": {"resolutions": [(64, 64)]},
     "Kandinsky5I2IPipeline": {"resolutions": [(64, 64)]},
+    "HunyuanVideo15Pipeline": (_hunyuan15 := {
+        "system_message": "draw", "prompt_template_encode_start_idx": 4, "tokenizer_max_length": 60, "tokenizer_2_max_length": 16, "vision_num_semantic_tokens": 4,
+    }),
+    "HunyuanVideo15ImageToVideoPipeline": _hunyuan15,
     "BriaFibo2Pipeline": {"text_encoder_out_layers": ((0, 1, 2), (1, 2, 0))},
 }
 

@@ -92,3 +92,17 @@ family(
         BOTH, **LONG, controls=lambda: [tensor(3, 32, 32, seed=seed) for seed in range(5)], num_frames=5, num_frames_per_chunk=16,
     )),
 )
+
+
+def omni(name: str) -> dict[str, Any]:
+    """One decoder for text and pictures: the prompt is part of the sequence."""
+    transformer = diffusers.Cosmos3OmniTransformer(
+        head_dim=12, hidden_act="relu2", hidden_size=24, intermediate_size=24, latent_channel=4, latent_patch_size=1, num_attention_heads=2, num_hidden_layers=1,
+        num_key_value_heads=1, patch_latent_dim=4, qk_norm_for_text=False, rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], vocab_size=300,
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    return dict(transformer=transformer, text_tokenizer=bytes_tokenizer(512), vae=wan_vae(), scheduler=scheduler, enable_safety_checker=False)
+
+
+PLAIN = dict(use_system_prompt=False, add_resolution_template=False, add_duration_template=False)
+family(omni, Cosmos3OmniPipeline=("text-to-image", inputs(BOTH, height=32, width=32, num_frames=1, **PLAIN)))

@@ -37,6 +37,8 @@ family(
     LTXConditionPipeline=("image-to-video", inputs(BOTH + " image", **VIDEO)),
     LTXI2VLongMultiPromptPipeline=("image-to-video", inputs(BOTH, **LONG, cond_image=lambda: tiny_image(32))),
 )
+UNBUILDABLE["LTX2VideoDiffusionDecodePipeline"] = "a decoder: its steps are fixed by its scheduler, its call takes latents only"
+UNBUILDABLE["LTX2DFRTemporalRefinePipeline"] = "refines the latents, keyframes and sound of LTX2DFRPipeline, with an upsampler between its steps"
 UPSAMPLER = "has no denoising loop: a network enlarges the latents once"
 UNBUILDABLE.update(LTXLatentUpsamplePipeline=UPSAMPLER, LTX2LatentUpsamplePipeline=UPSAMPLER)
 
@@ -48,6 +50,7 @@ def ltx2(name: str) -> dict[str, Any]:
         in_channels=4, out_channels=4, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4,
         audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, num_layers=2,
         qk_norm="rms_norm_across_heads", caption_channels=16, rope_double_precision=False, rope_type="split",
+        use_keyframes_abs_pos_embedding="DFR" in name,
     )
     connectors = diffusers.pipelines.ltx2.LTX2TextConnectors(
         caption_channels=16, text_proj_in_factor=layers + 1, video_connector_num_attention_heads=2, video_connector_attention_head_dim=8,
@@ -94,5 +97,6 @@ family(
     LTX2ImageToVideoPipeline=("image-to-video", inputs(BOTH + " image", **SOUND, **ONE, image_crf=0)),
     LTX2ConditionPipeline=("image-to-video", inputs(BOTH, **SOUND, **ONE, conditions=lambda: frame())),
     LTX2InContextPipeline=("image-to-video", inputs(BOTH, **SOUND, **ONE, conditions=lambda: frame())),
+    LTX2DFRPipeline=("text-to-video", inputs("prompt", **SOUND)),
     LTX2HDRPipeline=("video", inputs(BOTH, **SOUND, **HDR, reference_conditions=lambda: reference())),
 )

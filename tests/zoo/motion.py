@@ -1,4 +1,4 @@
-"""Videos again: SANA-Video, Helios, Motif-Video."""
+"""Videos again: SANA-Video, SANA-WM (a camera moves through a picture), Helios, Motif-Video."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import diffusers
 import transformers
 
 from zoo.core import tiny_t5, tiny_t5_tokenizer
+from zoo.ltx import ltx2
 from zoo.parts import bytes_tokenizer, family, flow, inputs, language_model, wan_vae
 
 BOTH = "prompt negative_prompt"
@@ -34,6 +35,18 @@ family(
 )
 
 
+def world(name: str) -> dict[str, Any]:
+    transformer = diffusers.SanaWMTransformer3DModel(
+        in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16, caption_channels=16, mlp_ratio=2.0,
+        chunk_plucker_channels=12, chunk_plucker_post_attn_blocks=1, image_size=32,
+    )
+    text = language_model(16, "Gemma2ForCausalLM", sliding_window=16)
+    return dict(tokenizer=bytes_tokenizer(), text_encoder=text, vae=ltx2("")["vae"], transformer=transformer, scheduler=flow())
+
+
+family(world, SanaWMPipeline=("image-to-video", inputs(BOTH + " image", **VIDEO, num_frames=9, action="w-8", intrinsics=lambda: [32.0, 32.0, 16.0, 16.0])))
+
+
 def helios(name: str) -> dict[str, Any]:
     """Chunk after chunk, each sees the ones before; the pyramid starts small."""
     transformer = diffusers.HeliosTransformer3DModel(
@@ -42,7 +55,7 @@ def helios(name: str) -> dict[str, Any]:
         zero_history_timestep=True, is_amplify_history=False,
     )
     pyramid = "Pyramid" in name
-    scheduler = diffusers.HeliosScheduler(stages=3) if pyramid else diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+    scheduler = diffusers.HeliosScheduler(stages=3, gamma=0.3) if pyramid else diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
     return dict(tokenizer=tiny_t5_tokenizer(), text_encoder=tiny_t5(), vae=wan_vae(), scheduler=scheduler, transformer=transformer)
 
 

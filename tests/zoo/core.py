@@ -174,6 +174,42 @@ def tiny_t5(hidden: int = 16, **settings: Any) -> Any:
     ))
 
 
+def tiny_gemma_tokenizer() -> Any:
+    """A Gemma tokenizer (byte pairs) of letters and two words, padded on the right."""
+    from transformers import GemmaTokenizer
+
+    vocabulary = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_pieces(), "re", "ap", "pl", "le"])}
+    return GemmaTokenizer(vocab=vocabulary, merges=[("r", "e"), ("a", "p"), ("l", "e")])
+
+
+def tiny_gemma2(hidden: int = 16, **settings: Any) -> Any:
+    """A Gemma 2 for ``tiny_gemma_tokenizer``."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(Gemma2Config(
+        vocab_size=len(tiny_gemma_tokenizer()), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        num_key_value_heads=1, max_position_embeddings=512, **settings,
+    ))
+
+
+def tiny_bert_tokenizer(length: int = 16) -> Any:
+    """A BERT tokenizer of letters and two words."""
+    from transformers import BertTokenizer
+
+    pieces = [p.lstrip("▁") for p in _pieces() if len(p.strip("▁\n"))]
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(pieces), *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=length)
+
+
+def tiny_bert(hidden: int = 16, **settings: Any) -> Any:
+    """A BERT for ``tiny_bert_tokenizer``."""
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(
+        vocab_size=len(tiny_bert_tokenizer()), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2, num_attention_heads=2, **settings,
+    ))
+
+
 def tiny_clip_vision(hidden: int = 16, projection: int | None = 16, size: int = 16, patch: int = 8, **settings: Any) -> Any:
     """A CLIP image encoder for ``size``×``size`` images; with a projection where one is given."""
     from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection

@@ -77,7 +77,8 @@ def cosmos25(name: str) -> dict[str, Any]:
     )
     if controlled:
         parts["controlnet"] = diffusers.CosmosControlNetModel(
-            n_controlnet_blocks=1, in_channels=6, latent_channels=6, model_channels=32, num_attention_heads=2, attention_head_dim=16, mlp_ratio=2, text_embed_dim=32,
+            n_controlnet_blocks=1, in_channels=6, latent_channels=6, model_channels=32, num_attention_heads=2, attention_head_dim=16, mlp_ratio=2,
+            text_embed_dim=32,
             adaln_lora_dim=4, patch_size=(1, 2, 2), max_size=(4, 32, 32), rope_scale=(2.0, 1.0, 1.0), extra_pos_embed_type="learnable", img_context_dim_in=16,
             img_context_dim_out=32, use_crossattn_projection=False,
         )
@@ -97,7 +98,8 @@ family(
 def omni(name: str) -> dict[str, Any]:
     """One decoder for text and pictures: the prompt is part of the sequence."""
     transformer = diffusers.Cosmos3OmniTransformer(
-        head_dim=12, hidden_act="relu2", hidden_size=24, intermediate_size=24, latent_channel=4, latent_patch_size=1, num_attention_heads=2, num_hidden_layers=1,
+        head_dim=12, hidden_act="relu2", hidden_size=24, intermediate_size=24, latent_channel=4, latent_patch_size=1, num_attention_heads=2,
+        num_hidden_layers=1,
         num_key_value_heads=1, patch_latent_dim=4, qk_norm_for_text=False, rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], vocab_size=300,
     )
     scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")

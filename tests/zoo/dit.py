@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from zoo.core import tiny_autoencoder_kl, tiny_clip_text, tiny_clip_tokenizer, tiny_t5, tiny_t5_tokenizer
-from zoo.parts import bytes_tokenizer, embeddings, family, flow, inputs, language_model, qwen_vl, wan_vae
+from zoo.parts import bytes_tokenizer, family, flow, inputs, language_model, qwen_vl, wan_vae
 
 SMALL = dict(height=16, width=16, max_sequence_length=16)
 BOTH = "prompt negative_prompt"
@@ -41,7 +41,8 @@ family(bria, BriaPipeline=("text-to-image", inputs(BOTH, **SMALL)))
 def fibo(name: str) -> dict[str, Any]:
     """Latents are 16× smaller than the image; every layer of the language model conditions a block."""
     transformer = diffusers.BriaFiboTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32, text_encoder_dim=16,
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        text_encoder_dim=16,
         pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
     )
     vae = wan_vae(16, base_dim=4, in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16)
@@ -114,7 +115,8 @@ def hidream(name: str) -> dict[str, Any]:
     )
     return dict(
         scheduler=flow(), vae=tiny_autoencoder_kl(scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=tiny_clip_text(projection=16), tokenizer=tiny_clip_tokenizer(), text_encoder_2=tiny_clip_text(projection=16), tokenizer_2=tiny_clip_tokenizer(),
+        text_encoder=tiny_clip_text(projection=16), tokenizer=tiny_clip_tokenizer(), text_encoder_2=tiny_clip_text(projection=16),
+        tokenizer_2=tiny_clip_tokenizer(),
         text_encoder_3=tiny_t5(), tokenizer_3=tiny_t5_tokenizer(), text_encoder_4=language_model(16, "LlamaForCausalLM"), tokenizer_4=bytes_tokenizer(),
         transformer=transformer,
     )

@@ -34,7 +34,9 @@ def flux(name: str) -> dict[str, Any]:
     return {**parts, "resolution": 16} if "VisualCloze" in name else parts
 
 
-CLOZE = inputs("", image=lambda: [[tiny_image(), tiny_image(16, 1)], [tiny_image(16, 2), None]], task_prompt="a", content_prompt="red apple", max_sequence_length=16)
+CLOZE = dict(  # one example pair, then a picture whose partner is drawn
+    image=lambda: [[tiny_image(), tiny_image(16, 1)], [tiny_image(16, 2), None]], task_prompt="a", content_prompt="red apple", max_sequence_length=16,
+)
 family(
     flux,
     FluxPipeline=("text-to-image", inputs("prompt", **SMALL)),
@@ -65,7 +67,8 @@ def flux2(name: str) -> dict[str, Any]:
     if not klein:
         return dict(scheduler=flow(use_dynamic_shifting=True), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
     return dict(
-        scheduler=flow(use_dynamic_shifting=True), vae=vae, transformer=transformer, text_encoder=language_model(16, "Qwen3ForCausalLM"), tokenizer=bytes_tokenizer(512),
+        scheduler=flow(use_dynamic_shifting=True), vae=vae, transformer=transformer, text_encoder=language_model(16, "Qwen3ForCausalLM"),
+        tokenizer=bytes_tokenizer(512),
     )
 
 

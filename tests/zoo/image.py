@@ -125,7 +125,8 @@ family(ernie, ErnieImagePipeline=("text-to-image", inputs(BOTH, **SMALL, use_pe=
 def glm(name: str) -> dict[str, Any]:
     """The tokens that an autoregressive model would draw first are given."""
     transformer = diffusers.GlmImageTransformer2DModel(
-        patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_embed_dim=16, time_embed_dim=16, condition_dim=8,
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_embed_dim=16, time_embed_dim=16,
+        condition_dim=8,
         prior_vq_quantizer_codebook_size=16,
     )
     vae = tiny_autoencoder_kl(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
@@ -135,7 +136,8 @@ def glm(name: str) -> dict[str, Any]:
     )
 
 
-family(glm, GlmImagePipeline=("text-to-image", inputs("", prompt='a "red" apple', prior_token_ids=lambda: torch.arange(16)[None], height=16, width=16, max_sequence_length=16)))
+GLYPH = dict(prompt='a "red" apple', max_sequence_length=16)  # the text encoder reads what stands in quotes
+family(glm, GlmImagePipeline=("text-to-image", inputs("", GLYPH, prior_token_ids=lambda: torch.arange(16)[None], **SMALL)))
 
 
 def ideogram(name: str) -> dict[str, Any]:
@@ -143,7 +145,8 @@ def ideogram(name: str) -> dict[str, Any]:
 
     def network() -> Any:
         return diffusers.Ideogram4Transformer2DModel(
-            in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16, llm_features_dim=13 * 8, mrope_section=(4, 2, 2),
+            in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32, adaln_dim=16, llm_features_dim=13 * 8,
+            mrope_section=(4, 2, 2),
         )
 
     return dict(

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from zoo.core import UNBUILDABLE, tensor, tiny_autoencoder_kl, tiny_clip_text, tiny_clip_tokenizer
+from zoo.core import tensor, tiny_autoencoder_kl, tiny_clip_text, tiny_clip_tokenizer
 from zoo.parts import family, flow, hunyuan_video_vae, inputs, qwen_processor, qwen_vl
 
 
@@ -31,7 +31,8 @@ family(
     Kandinsky5T2IPipeline=("text-to-image", inputs(BOTH, height=64, width=64)),
     Kandinsky5I2IPipeline=("image-to-image", inputs(BOTH + " image", height=64, width=64)),
     Kandinsky5T2VPipeline=("text-to-video", inputs(BOTH, **VIDEO)),
-    Kandinsky5I2VPipeline=("image-to-video", inputs(BOTH + " image", **{**VIDEO, "num_frames": 21})),  # the first four latent frames follow the others' statistics
+    Kandinsky5I2VPipeline=("image-to-video", inputs(BOTH + " image", **{**VIDEO, "num_frames": 21})),
+    # the first four latent frames follow the others' statistics
 )
 
 
@@ -39,14 +40,16 @@ def kandinsky6(name: str) -> dict[str, Any]:
     """Video and sound have a stream each."""
     transformer = diffusers.Kandinsky6Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=16, time_dim=16, patch_size=(1, 2, 2), model_dim=32, ff_dim=32, num_text_blocks=1,
-        num_visual_blocks=1, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=4, out_audio_dim=4, model_dim_a=32, time_dim_a=16, ff_dim_a=32, axes_dims_a=(16,),
+        num_visual_blocks=1, axes_dims=(4, 6, 6), visual_cond=False, in_audio_dim=4, out_audio_dim=4, model_dim_a=32, time_dim_a=16, ff_dim_a=32,
+        axes_dims_a=(16,),
         visual_token_type_num_embeddings=2,
     )
     audio = diffusers.MMAudioVAE(
         mel_bins=8, latent_channels=4, hidden_channels=32, channel_multipliers=(1, 2), layers_per_block=1, sample_rate=800, n_fft=64, hop_length=16,
     )
     vocoder = diffusers.MMAudioVocoder(
-        num_mels=8, upsample_initial_channel=16, upsample_rates=(4, 4), upsample_kernel_sizes=(8, 8), resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3, 5),),
+        num_mels=8, upsample_initial_channel=16, upsample_rates=(4, 4), upsample_kernel_sizes=(8, 8), resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3, 5),),
     )
     return dict(
         transformer=transformer, vae=hunyuan_video_vae(), text_encoder=qwen_vl(), tokenizer=qwen_processor(), text_encoder_2=tiny_clip_text(length=77),
@@ -61,7 +64,7 @@ def kandinsky6_sr(name: str) -> dict[str, Any]:
     """Enlarges a video, tile by tile."""
     transformer = diffusers.Kandinsky6SRTransformer3DModel(
         in_visual_dim=4, out_visual_dim=4, time_dim=16, patch_size=(1, 1, 1), model_dim=32, ff_dim=32, num_visual_blocks=1, axes_dims=(4, 6, 6),
-        tile_sizes=((64, 64),),
+        tile_sizes=((128, 128),),
     )
     vae = diffusers.Kandinsky6SRVAE(
         latent_channels=4, encoder_block_out_channels=(8,) * 5, decoder_block_out_channels=(8,) * 5, layers_per_block=1,
@@ -69,4 +72,4 @@ def kandinsky6_sr(name: str) -> dict[str, Any]:
     return dict(transformer=transformer, vae=vae, scheduler=flow())
 
 
-family(kandinsky6_sr, Kandinsky6SRPipeline=("super-resolution", inputs("", video=lambda: tensor(1, 5, 3, 32, 32).sigmoid(), resolution_scale=2.0)))
+family(kandinsky6_sr, Kandinsky6SRPipeline=("super-resolution", inputs("", video=lambda: tensor(1, 5, 3, 64, 64).sigmoid(), resolution_scale=2.0)))

@@ -6,7 +6,6 @@ from typing import Any
 
 import diffusers
 
-
 from zoo.core import UNBUILDABLE, tiny_image, tiny_t5, tiny_t5_tokenizer
 from zoo.parts import bytes_tokenizer, family, flow, inputs, language_model
 
@@ -19,7 +18,8 @@ def ltx(name: str) -> dict[str, Any]:
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5,
         spatio_temporal_scaling=(True, True, False, False), decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(False,) * 5,
-        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True, decoder_causal=False,
+        upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=1, patch_size_t=1, encoder_causal=True,
+        decoder_causal=False,
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     transformer = diffusers.LTXVideoTransformer3DModel(
@@ -29,7 +29,7 @@ def ltx(name: str) -> dict[str, Any]:
     return dict(scheduler=flow(), vae=vae, text_encoder=tiny_t5(), tokenizer=tiny_t5_tokenizer(), transformer=transformer)
 
 
-LONG = dict(height=32, width=32, num_frames=17, max_sequence_length=16, temporal_tile_size=9, temporal_overlap=4, decode_horizontal_tiles=1, decode_vertical_tiles=1)
+LONG = {**VIDEO, "num_frames": 17, "temporal_tile_size": 9, "temporal_overlap": 4, "decode_horizontal_tiles": 1, "decode_vertical_tiles": 1}
 family(
     ltx,
     LTXPipeline=("text-to-video", inputs(BOTH, **VIDEO)),
@@ -67,7 +67,8 @@ def ltx2(name: str) -> dict[str, Any]:
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     audio_vae = diffusers.AutoencoderKLLTX2Audio(
         base_channels=4, output_channels=2, ch_mult=(1,), num_res_blocks=1, attn_resolutions=None, in_channels=2, resolution=32, latent_channels=2,
-        norm_type="pixel", causality_axis="height", dropout=0.0, mid_block_add_attention=False, sample_rate=16000, mel_hop_length=160, is_causal=True, mel_bins=8,
+        norm_type="pixel", causality_axis="height", dropout=0.0, mid_block_add_attention=False, sample_rate=16000, mel_hop_length=160, is_causal=True,
+        mel_bins=8,
     )
     vocoder = diffusers.pipelines.ltx2.LTX2Vocoder(
         in_channels=16, hidden_channels=32, out_channels=2, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2], resnet_kernel_sizes=[3],
@@ -88,9 +89,10 @@ def frame() -> Any:
 
 
 SOUND = dict(height=32, width=32, num_frames=5, frame_rate=25.0, max_sequence_length=16)
-ONE = dict(stg_scale=0.0, modality_scale=1.0, guidance_rescale=0.0, audio_guidance_scale=1.0, audio_stg_scale=0.0, audio_modality_scale=1.0, audio_guidance_rescale=0.0,
-           spatio_temporal_guidance_blocks=None, use_cross_timestep=False)
-HDR = {key: ONE[key] for key in ("stg_scale", "modality_scale", "guidance_rescale", "use_cross_timestep")}
+HDR = dict(stg_scale=0.0, modality_scale=1.0, guidance_rescale=0.0, use_cross_timestep=False)  # only plain guidance
+ONE = dict(
+    **HDR, audio_guidance_scale=1.0, audio_stg_scale=0.0, audio_modality_scale=1.0, audio_guidance_rescale=0.0, spatio_temporal_guidance_blocks=None,
+)
 family(
     ltx2,
     LTX2Pipeline=("text-to-video", inputs(BOTH, **SOUND, **ONE)),

@@ -1,4 +1,4 @@
-"""Videos again: SANA-Video, SANA-WM (a camera moves through a picture), Helios, Motif-Video."""
+"""Videos again: SANA-Video, SANA-WM (a camera moves), Helios, Motif-Video."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def world(name: str) -> dict[str, Any]:
     return dict(tokenizer=bytes_tokenizer(), text_encoder=text, vae=ltx2("")["vae"], transformer=transformer, scheduler=flow())
 
 
-family(world, SanaWMPipeline=("image-to-video", inputs(BOTH + " image", **VIDEO, num_frames=9, action="w-8", intrinsics=lambda: [32.0, 32.0, 16.0, 16.0])))
+WALK = dict(action="w-8", intrinsics=[32.0, 32.0, 16.0, 16.0])
+family(world, SanaWMPipeline=("image-to-video", inputs(BOTH + " image", **VIDEO, num_frames=9, **WALK)))
 
 
 def helios(name: str) -> dict[str, Any]:
@@ -54,8 +55,8 @@ def helios(name: str) -> dict[str, Any]:
         cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_dim=(4, 4, 4), has_multi_term_memory_patch=True, guidance_cross_attn=True,
         zero_history_timestep=True, is_amplify_history=False,
     )
-    pyramid = "Pyramid" in name
-    scheduler = diffusers.HeliosScheduler(stages=3, gamma=0.3) if pyramid else diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+    stages = dict(stages=3, gamma=0.3) if "Pyramid" in name else dict(stages=1, stage_range=[0, 1], use_dynamic_shifting=True)
+    scheduler = diffusers.HeliosScheduler(**stages)
     return dict(tokenizer=tiny_t5_tokenizer(), text_encoder=tiny_t5(), vae=wan_vae(), scheduler=scheduler, transformer=transformer)
 
 
@@ -71,7 +72,8 @@ family(
 def motif(name: str) -> dict[str, Any]:
     """Guidance belongs to the guider component."""
     transformer = diffusers.MotifVideoTransformer3DModel(
-        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1, mlp_ratio=2.0, patch_size=1, patch_size_t=1,
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1, mlp_ratio=2.0, patch_size=1,
+        patch_size_t=1,
         qk_norm="rms_norm", text_embed_dim=16, image_embed_dim=16 if "Image2" in name else None, rope_axes_dim=(4, 4, 4),
     )
     config = transformers.T5Gemma2EncoderConfig(
@@ -82,7 +84,8 @@ def motif(name: str) -> dict[str, Any]:
         vision_config=dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4),
     )
     parts = dict(
-        scheduler=flow(shift=7.0), vae=wan_vae(), text_encoder=transformers.models.t5gemma2.modeling_t5gemma2.T5Gemma2Encoder(config), tokenizer=bytes_tokenizer(),
+        scheduler=flow(shift=7.0), vae=wan_vae(), text_encoder=transformers.models.t5gemma2.modeling_t5gemma2.T5Gemma2Encoder(config),
+        tokenizer=bytes_tokenizer(),
         transformer=transformer, guider=diffusers.AdaptiveProjectedGuidance(),
     )
     return {**parts, "feature_extractor": transformers.SiglipImageProcessor(size={"height": 16, "width": 16})} if "Image2" in name else parts

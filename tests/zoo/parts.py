@@ -56,12 +56,17 @@ def language_model(width: int = 16, cls: str = "Qwen3Model", layers: int = 2, **
 def qwen_vl(width: int = 16, cls: str = "Qwen2_5_VLForConditionalGeneration", layers: int = 2, **settings: Any) -> Any:
     """A Qwen-VL of two layers for `bytes_tokenizer`."""
     text = dict(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8,
         rope_parameters={"mrope_section": [1, 1, 2], "rope_type": "default", "rope_theta": 1e4}, pad_token_id=0, bos_token_id=3, eos_token_id=1,
     )
-    vision = dict(depth=1, embed_dim=width, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=8, num_position_embeddings=16, deepstack_visual_indexes=[0])
+    vision = dict(
+        depth=1, embed_dim=width, hidden_size=width, intermediate_size=2 * width, num_heads=2, out_hidden_size=width, patch_size=8, num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    )
+    special = dict(vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9)
     config = getattr(transformers, cls.replace("ForConditionalGeneration", "").replace("Model", "") + "Config")
-    return getattr(transformers, cls)(config(text_config=text, vision_config=vision, vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9, **settings))
+    return getattr(transformers, cls)(config(text_config=text, vision_config=vision, **special, **settings))
 
 
 def qwen_processor(version: int = 2) -> Any:
@@ -70,6 +75,12 @@ def qwen_processor(version: int = 2) -> Any:
     video = transformers.Qwen2VLVideoProcessor() if version == 2 else transformers.Qwen3VLVideoProcessor()
     cls = transformers.Qwen2VLProcessor if version == 2 else transformers.Qwen3VLProcessor
     return cls(image_processor=image, tokenizer=bytes_tokenizer(4096), video_processor=video, chat_template=TEMPLATE)
+
+
+def siglip() -> dict[str, Any]:
+    """An image encoder with its processor: 4 tokens, 16 wide."""
+    config = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    return dict(image_encoder=transformers.SiglipVisionModel(config), feature_extractor=transformers.SiglipImageProcessor(size={"height": 16, "width": 16}))
 
 
 def flow(**settings: Any) -> Any:
@@ -149,10 +160,12 @@ def assemble(build: Callable[[str], dict[str, Any]], name: str) -> Any:
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {  # what the pipeline's own constructor fixes for full-size networks
     "HiDreamImagePipeline": {"default_sample_size": 16},
+    "HunyuanImagePipeline": {"tokenizer_max_length": 200, "tokenizer_2_max_length": 16},
     "Kandinsky5T2IPipeline": {"resolutions": [(64, 64)]},
     "Kandinsky5I2IPipeline": {"resolutions": [(64, 64)]},
     "HunyuanVideo15Pipeline": (_hunyuan15 := {
-        "system_message": "draw", "prompt_template_encode_start_idx": 4, "tokenizer_max_length": 60, "tokenizer_2_max_length": 16, "vision_num_semantic_tokens": 4,
+        "system_message": "draw", "prompt_template_encode_start_idx": 4, "tokenizer_max_length": 60, "tokenizer_2_max_length": 16,
+        "vision_num_semantic_tokens": 4,
     }),
     "HunyuanVideo15ImageToVideoPipeline": _hunyuan15,
     "BriaFibo2Pipeline": {"text_encoder_out_layers": ((0, 1, 2), (1, 2, 0))},

@@ -15,7 +15,8 @@ BOTH = "prompt negative_prompt"
 
 def oobleck(channels: int) -> Any:
     return diffusers.AutoencoderOobleck(
-        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=channels, audio_channels=2, channel_multiples=[2, 4], sampling_rate=4,
+        encoder_hidden_size=6, downsampling_ratios=[1, 2], decoder_channels=3, decoder_input_channels=channels, audio_channels=2, channel_multiples=[2, 4],
+        sampling_rate=4,
     )
 
 

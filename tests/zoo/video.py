@@ -6,10 +6,9 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 
 from zoo.core import UNBUILDABLE, tensor, tiny_clip_text, tiny_clip_tokenizer, tiny_t5, tiny_t5_tokenizer, tiny_video
-from zoo.parts import bytes_tokenizer, embeddings, family, flow, hunyuan_video_vae, inputs, language_model, qwen_vl
+from zoo.parts import bytes_tokenizer, embeddings, family, flow, hunyuan_video_vae, inputs, language_model, qwen_vl, siglip
 
 BOTH = "prompt negative_prompt"
 SMALL = dict(height=16, width=16, max_sequence_length=16)
@@ -45,7 +44,8 @@ family(
 def mochi(name: str) -> dict[str, Any]:
     """The autoencoder is Mochi's own: 8× in space, 6× in time, 12 channels fixed."""
     transformer = diffusers.MochiTransformer3DModel(
-        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12, out_channels=None, qk_norm="rms_norm",
+        patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12, out_channels=None,
+        qk_norm="rms_norm",
         text_embed_dim=16, time_embed_dim=4, activation_fn="swiglu", max_sequence_length=16,
     )
     vae = diffusers.AutoencoderKLMochi(
@@ -84,12 +84,15 @@ family(
 
 UNBUILDABLE["EasyAnimateControlPipeline"] = "broken in this diffusers release: its call passes text_encoder_index, which its encode_prompt does not take"
 UNBUILDABLE["ConsisIDPipeline"] = "needs OpenCV to be imported"
+TOKENS = "draws discrete tokens: there is no continuous state between noise and data"
+UNBUILDABLE.update(DiffusionGemmaPipeline=TOKENS, LLaDA2Pipeline=TOKENS, RFD4ProteinaPipeline="draws proteins: no picture, sound or video")
 
 
 def hunyuan_video(name: str) -> dict[str, Any]:
     """Two text encoders (tokens, pooled); the picture goes in as channels, or as tokens (FramePack)."""
     sizes = dict(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=1,
+        patch_size_t=1,
         guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(2, 4, 4),
     )
     parts = dict(
@@ -97,12 +100,8 @@ def hunyuan_video(name: str) -> dict[str, Any]:
         text_encoder_2=tiny_clip_text(length=77), tokenizer_2=tiny_clip_tokenizer(77),
     )
     if "Framepack" in name:
-        vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
         sizes.update(patch_size=2, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True)
-        return dict(
-            **parts, transformer=diffusers.HunyuanVideoFramepackTransformer3DModel(**sizes), image_encoder=transformers.SiglipVisionModel(vision),
-            feature_extractor=transformers.SiglipImageProcessor(size={"height": 16, "width": 16}),
-        )
+        return dict(**parts, **siglip(), transformer=diffusers.HunyuanVideoFramepackTransformer3DModel(**sizes))
     if name == "HunyuanSkyreelsImageToVideoPipeline":
         sizes["in_channels"] = 8
     if name == "HunyuanVideoImageToVideoPipeline":
@@ -126,7 +125,8 @@ family(
 def hunyuan_video_15(name: str) -> dict[str, Any]:
     """Guidance belongs to the guider component."""
     transformer = diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1, patch_size_t=1,
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1,
+        patch_size_t=1,
         text_embed_dim=16, text_embed_2_dim=16, image_embed_dim=16, rope_axes_dim=(2, 2, 4), target_size=16, task_type="i2v" if "Image" in name else "t2v",
     )
     vae = diffusers.AutoencoderKLHunyuanVideo15(
@@ -138,8 +138,7 @@ def hunyuan_video_15(name: str) -> dict[str, Any]:
         text_encoder_2=tiny_t5(), tokenizer_2=tiny_t5_tokenizer(), guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
     )
     if "Image" in name:
-        vision = transformers.SiglipVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-        parts.update(image_encoder=transformers.SiglipVisionModel(vision), feature_extractor=transformers.SiglipImageProcessor(size={"height": 16, "width": 16}))
+        parts.update(siglip())
     return parts
 
 

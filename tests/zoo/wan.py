@@ -34,7 +34,8 @@ def wan(name: str) -> dict[str, Any]:
         return dict(**base(), transformer=network(cls="WanVACETransformer3DModel", vace_layers=[0], vace_in_channels=2 * 4 + 64))
     if name == "WanAnimatePipeline":
         transformer = network(
-            12, "WanAnimateTransformer3DModel", latent_channels=4, image_dim=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16,
+            12, "WanAnimateTransformer3DModel", latent_channels=4, image_dim=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
+            motion_encoder_size=16,
             motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1,
         )
         return dict(**base(), **eyes(), transformer=transformer)
@@ -50,7 +51,8 @@ family(
     WanVideoToVideoPipeline=("video", inputs(BOTH + " video", height=32, width=32, max_sequence_length=16, strength=0.6)),
     WanVACEPipeline=("video", inputs(BOTH + " video", **VIDEO, mask=lambda: [tiny_mask(32)] * 9)),
     WanAnimatePipeline=("image-to-video", inputs(
-        BOTH + " image", height=32, width=32, max_sequence_length=16, segment_frame_length=9, pose_video=lambda: tiny_video(9, 32), face_video=lambda: tiny_video(9, 16),
+        BOTH + " image", height=32, width=32, max_sequence_length=16, segment_frame_length=9, pose_video=lambda: tiny_video(9, 32),
+        face_video=lambda: tiny_video(9, 16),
     )),
     LucyEditPipeline=("video", inputs(BOTH + " video", **VIDEO)),
 )

@@ -22,7 +22,7 @@ class Unchecked(ModelMixin, ConfigMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("marker", torch.zeros(1), persistent=False)
+        self.register_buffer("marker", torch.zeros(1))
 
     def check_text_safety(self, prompt: str) -> bool:
         return True
@@ -99,8 +99,7 @@ def omni(name: str) -> dict[str, Any]:
     """One decoder for text and pictures: the prompt is part of the sequence."""
     transformer = diffusers.Cosmos3OmniTransformer(
         head_dim=12, hidden_act="relu2", hidden_size=24, intermediate_size=24, latent_channel=4, latent_patch_size=1, num_attention_heads=2,
-        num_hidden_layers=1,
-        num_key_value_heads=1, patch_latent_dim=4, qk_norm_for_text=False, rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], vocab_size=300,
+        num_hidden_layers=1, num_key_value_heads=1, patch_latent_dim=4, qk_norm_for_text=False, rms_norm_eps=1e-5, rope_axes_dim=[2, 2, 2], vocab_size=300,
     )
     scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     return dict(transformer=transformer, text_tokenizer=bytes_tokenizer(512), vae=wan_vae(), scheduler=scheduler, enable_safety_checker=False)

@@ -42,8 +42,7 @@ def fibo(name: str) -> dict[str, Any]:
     """Latents are 16× smaller than the image; every layer of the language model conditions a block."""
     transformer = diffusers.BriaFiboTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
-        text_encoder_dim=16,
-        pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
+        text_encoder_dim=16, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
     )
     vae = wan_vae(16, base_dim=4, in_channels=12, out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16)
     return dict(

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 
 from zoo.core import UNBUILDABLE, tiny_autoencoder_kl, tiny_clip_text, tiny_clip_tokenizer, tiny_image, tiny_t5, tiny_t5_tokenizer
-from zoo.parts import bytes_tokenizer, embeddings, family, flow, inputs, language_model
+from zoo.parts import bytes_tokenizer, family, flow, inputs, language_model
 
 SMALL = dict(height=16, width=16, max_sequence_length=16)
 VAE = dict(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5035)
@@ -64,18 +64,14 @@ def flux2(name: str) -> dict[str, Any]:
         latent_channels=4, norm_num_groups=4,
     )
     transformer = network(16, cls="Flux2Transformer2DModel", timestep_guidance_channels=16, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=not klein)
-    if not klein:
-        return dict(scheduler=flow(use_dynamic_shifting=True), vae=vae, text_encoder=None, tokenizer=None, transformer=transformer)
-    return dict(
-        scheduler=flow(use_dynamic_shifting=True), vae=vae, transformer=transformer, text_encoder=language_model(16, "Qwen3ForCausalLM"),
-        tokenizer=bytes_tokenizer(512),
-    )
+    text = language_model(16, "Qwen3ForCausalLM" if klein else "MistralForCausalLM")
+    return dict(scheduler=flow(use_dynamic_shifting=True), vae=vae, transformer=transformer, text_encoder=text, tokenizer=bytes_tokenizer(512))
 
 
 KLEIN = dict(height=16, width=16, max_sequence_length=64, text_encoder_out_layers=(1,))
 family(
     flux2,
-    Flux2Pipeline=("text-to-image", inputs("", embeddings("prompt_embeds"), height=16, width=16)),
+    Flux2Pipeline=("text-to-image", inputs("prompt", **KLEIN)),
     Flux2KleinPipeline=("text-to-image", inputs("prompt", **KLEIN)),
     Flux2KleinKVPipeline=("image-to-image", inputs("prompt", **KLEIN, image=lambda: tiny_image(64))),
     Flux2KleinInpaintPipeline=("inpainting", inputs("prompt image mask_image", **KLEIN, strength=0.6)),

@@ -123,15 +123,25 @@ family(ernie, ErnieImagePipeline=("text-to-image", inputs(BOTH, **SMALL, use_pe=
 
 
 def glm(name: str) -> dict[str, Any]:
-    """The tokens that an autoregressive model would draw first are given."""
+    """The tokens that an autoregressive model (here for loading only) would draw first are given."""
+    drawer = transformers.GlmImageForConditionalGeneration(transformers.GlmImageConfig(
+        text_config=dict(
+            vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vision_vocab_size=16,
+            max_position_embeddings=64, rope_parameters=dict(mrope_section=(1, 2, 1), rope_type="default", rope_theta=1e4), pad_token_id=0,
+        ),
+        vision_config=dict(depth=1, hidden_size=16, num_heads=2, image_size=16, patch_size=8, intermediate_size=16),
+        vq_config=dict(embed_dim=16, num_embeddings=16, latent_channels=16),
+    ))
+    names = ("image_token", "grid_bos_token", "grid_eos_token")
+    tokens = bytes_tokenizer(64, model_specific_special_tokens={name: f"<|{name}|>" for name in names})
+    processor = transformers.GlmImageProcessor(image_processor=transformers.GlmImageImageProcessor(), tokenizer=tokens)
     transformer = diffusers.GlmImageTransformer2DModel(
         patch_size=2, in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_embed_dim=16, time_embed_dim=16,
-        condition_dim=8,
-        prior_vq_quantizer_codebook_size=16,
+        condition_dim=8, prior_vq_quantizer_codebook_size=16,
     )
     vae = tiny_autoencoder_kl(latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
     return dict(
-        tokenizer=tiny_t5_tokenizer(), processor=None, text_encoder=tiny_t5(), vision_language_encoder=None, vae=vae, transformer=transformer,
+        tokenizer=tiny_t5_tokenizer(), processor=processor, text_encoder=tiny_t5(), vision_language_encoder=drawer, vae=vae, transformer=transformer,
         scheduler=flow(use_dynamic_shifting=True),
     )
 

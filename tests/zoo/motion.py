@@ -73,8 +73,7 @@ def motif(name: str) -> dict[str, Any]:
     """Guidance belongs to the guider component."""
     transformer = diffusers.MotifVideoTransformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=1, num_single_layers=1, mlp_ratio=2.0, patch_size=1,
-        patch_size_t=1,
-        qk_norm="rms_norm", text_embed_dim=16, image_embed_dim=16 if "Image2" in name else None, rope_axes_dim=(4, 4, 4),
+        patch_size_t=1, qk_norm="rms_norm", text_embed_dim=16, image_embed_dim=16 if "Image2" in name else None, rope_axes_dim=(4, 4, 4),
     )
     config = transformers.T5Gemma2EncoderConfig(
         text_config=dict(
@@ -85,8 +84,7 @@ def motif(name: str) -> dict[str, Any]:
     )
     parts = dict(
         scheduler=flow(shift=7.0), vae=wan_vae(), text_encoder=transformers.models.t5gemma2.modeling_t5gemma2.T5Gemma2Encoder(config),
-        tokenizer=bytes_tokenizer(),
-        transformer=transformer, guider=diffusers.AdaptiveProjectedGuidance(),
+        tokenizer=bytes_tokenizer(), transformer=transformer, guider=diffusers.AdaptiveProjectedGuidance(),
     )
     return {**parts, "feature_extractor": transformers.SiglipImageProcessor(size={"height": 16, "width": 16})} if "Image2" in name else parts
 

@@ -47,10 +47,12 @@ def bytes_tokenizer(length: int = 16, special: tuple[str, ...] = (), end: bool =
 def language_model(width: int = 16, cls: str = "Qwen3Model", layers: int = 2, **settings: Any) -> Any:
     """A decoder for `bytes_tokenizer`: hidden states (B, L, width) after each of its layers."""
     config = getattr(transformers, cls.replace("ForCausalLM", "").replace("Model", "") + "Config")
-    return getattr(transformers, cls)(config(**{
+    network = getattr(transformers, cls)(config(**{
         "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2,
         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1, **settings,
     }))
+    randomize(network)
+    return network
 
 
 def qwen_vl(width: int = 16, cls: str = "Qwen2_5_VLForConditionalGeneration", layers: int = 2, **settings: Any) -> Any:
@@ -66,7 +68,9 @@ def qwen_vl(width: int = 16, cls: str = "Qwen2_5_VLForConditionalGeneration", la
     )
     special = dict(vision_start_token_id=6, vision_end_token_id=7, image_token_id=8, video_token_id=9)
     config = getattr(transformers, cls.replace("ForConditionalGeneration", "").replace("Model", "") + "Config")
-    return getattr(transformers, cls)(config(text_config=text, vision_config=vision, **special, **settings))
+    network = getattr(transformers, cls)(config(text_config=text, vision_config=vision, **special, **settings))
+    randomize(network)
+    return network
 
 
 def qwen_processor(version: int = 2) -> Any:
@@ -160,6 +164,7 @@ def assemble(build: Callable[[str], dict[str, Any]], name: str) -> Any:
 
 ATTRIBUTES: dict[str, dict[str, Any]] = {  # what the pipeline's own constructor fixes for full-size networks
     "HiDreamImagePipeline": {"default_sample_size": 16},
+    "Flux2Pipeline": {"system_message": "draw"},
     "HunyuanImagePipeline": {"tokenizer_max_length": 200, "tokenizer_2_max_length": 16},
     "Kandinsky5T2IPipeline": {"resolutions": [(64, 64)]},
     "Kandinsky5I2IPipeline": {"resolutions": [(64, 64)]},
@@ -170,6 +175,9 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {  # what the pipeline's own constructor
     "HunyuanVideo15ImageToVideoPipeline": _hunyuan15,
     "BriaFibo2Pipeline": {"text_encoder_out_layers": ((0, 1, 2), (1, 2, 0))},
 }
+
+
+SLOW = {"AnyFlowFARPipeline", "Kandinsky6SRPipeline"}  # block-sparse attention without its compiled kernels: ten seconds
 
 
 def adapt(pipeline: Any) -> Any:

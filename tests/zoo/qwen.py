@@ -56,8 +56,7 @@ def qwen_image_21(name: str) -> dict[str, Any]:
     """RGBA pictures, latents 16× smaller and not packed."""
     vae = wan_vae(
         8, "AutoencoderKLQwenImage21", base_dim=4, decoder_base_dim=4, dim_mult=[1] * 5, temperal_downsample=[False, True, True, True], in_channels=4,
-        out_channels=4,
-        scale_factor_spatial=16,
+        out_channels=4, scale_factor_spatial=16,
     )
     transformer = diffusers.QwenImage21Transformer2DModel(
         in_channels=8, out_channels=8, num_layers=1, attention_head_dim=16, num_attention_heads=2, context_in_dim=16, axes_dims_rope=(8, 4, 4),
@@ -90,8 +89,7 @@ family(krea, Krea2Pipeline=("text-to-image", inputs(BOTH, **SMALL)))
 def nucleus(name: str) -> dict[str, Any]:
     transformer = diffusers.NucleusMoEImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-        moe_enabled=False, capacity_factors=[8.0, 8.0],
+        axes_dims_rope=(8, 4, 4), moe_enabled=False, capacity_factors=[8.0, 8.0],
     )
     return dict(
         transformer=transformer, scheduler=flow(use_dynamic_shifting=True), vae=qwen_vae(), text_encoder=qwen_vl(16, "Qwen3VLForConditionalGeneration"),

@@ -91,4 +91,4 @@ def ace_step(name: str) -> dict[str, Any]:
     )
 
 
-family(ace_step, AceStepPipeline=("audio", inputs("prompt", lyrics="[verse]\nred", audio_duration=8.0, max_text_length=64, max_lyric_length=32)))
+family(ace_step, AceStepPipeline=("audio", inputs("prompt", lyrics="[verse]\nred", audio_duration=8.0, max_lyric_length=32)))

@@ -45,8 +45,7 @@ def mochi(name: str) -> dict[str, Any]:
     """The autoencoder is Mochi's own: 8× in space, 6× in time, 12 channels fixed."""
     transformer = diffusers.MochiTransformer3DModel(
         patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12, out_channels=None,
-        qk_norm="rms_norm",
-        text_embed_dim=16, time_embed_dim=4, activation_fn="swiglu", max_sequence_length=16,
+        qk_norm="rms_norm", text_embed_dim=16, time_embed_dim=4, activation_fn="swiglu", max_sequence_length=16,
     )
     vae = diffusers.AutoencoderKLMochi(
         latent_channels=12, out_channels=3, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5,
@@ -77,7 +76,7 @@ family(
     easyanimate,
     EasyAnimatePipeline=("text-to-video", inputs(BOTH, **EASY)),
     EasyAnimateInpaintPipeline=("video", inputs(
-        BOTH, **EASY, video=lambda: tensor(1, 3, 5, 16, 16).sigmoid(), mask_video=lambda: torch.ones(1, 1, 5, 16, 16),
+        BOTH, **EASY, video=lambda: tensor(1, 3, 5, 16, 16).sigmoid(), mask_video=lambda: (torch.arange(16) < 8).float().expand(1, 1, 5, 16, 16),
     )),
 )
 
@@ -92,8 +91,7 @@ def hunyuan_video(name: str) -> dict[str, Any]:
     """Two text encoders (tokens, pooled); the picture goes in as channels, or as tokens (FramePack)."""
     sizes = dict(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=1,
-        patch_size_t=1,
-        guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(2, 4, 4),
+        patch_size_t=1, guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=16, rope_axes_dim=(2, 4, 4),
     )
     parts = dict(
         text_encoder=language_model(16, "LlamaModel"), tokenizer=bytes_tokenizer(256), vae=hunyuan_video_vae(), scheduler=flow(shift=7.0),

@@ -35,7 +35,8 @@ def wan(name: str) -> dict[str, Any]:
     if name == "WanAnimatePipeline":
         transformer = network(
             12, "WanAnimateTransformer3DModel", latent_channels=4, image_dim=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
-            motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1,
+            motion_encoder_size=16, motion_style_dim=8, motion_dim=4, motion_encoder_dim=16,
+            face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=1,
         )
         return dict(**base(), **eyes(), transformer=transformer)
     if name == "WanImageToVideoPipeline":

@@ -132,9 +132,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """The inverse of ``optimizer_tensors``; learning rates are a function of the step and not stored."""
     current = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix + "."):
             index, name = key[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            # bitsandbytes counts its steps in a Python integer, and its kernels take nothing else.
+            counter = value.dim() == 0 and value.dtype == torch.int64
+            state.setdefault(int(index), {})[name] = int(value) if counter else value
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

@@ -90,7 +90,7 @@ class Teacher:
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
-        self.backbone_name, self.backbone = _backbone(pipeline)
+        self.backbone_name, self.backbone = find_backbone(pipeline)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
@@ -325,7 +325,12 @@ def _is_condition(value: Any, batch: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
 
 
-def _backbone(pipeline: Any) -> tuple[str, nn.Module]:
+def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
+    """(name, module) of the network that a pipeline calls at each step.
+
+    Raises:
+        UserError: if it has none.
+    """
     for name in _BACKBONES:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):

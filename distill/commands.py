@@ -91,6 +91,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> int:
 def finish(trainer: Trainer, folder: Path) -> None:
     """Export the averaged student and, if the recipe asks for metrics, measure it beside its teacher and report."""
     config, student = trainer.config, trainer.parts.student
+    if config.teacher.quantize != "none" and student.adapters is not None:
+        student, _ = load_student(folder, trainer.device)  # the adapter on the teacher as it is
     with trainer.averaged():
         _export_all(config, student, folder, None)
         picture = _side_by_side(config, student, trainer.sample_inputs())

@@ -216,8 +216,8 @@ class BackboneDenoiser(Denoiser):
         self.companions = companions
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
-        first = next(backbone.parameters())
-        self.dtype = first.dtype if first.is_floating_point() else torch.float32
+        # Quantised weights are integers: the dtype is that of the others.
+        self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by the names that the weights have on disk."""

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from distill.errors import UserError
+
 
 class Stop(Exception):
     """Raised inside a pipeline that has shown enough."""
@@ -161,6 +163,19 @@ def record(
 def networks(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's networks by the names of its components."""
     return {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
+
+
+def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
+    """The network that a pipeline most likely denoises with, before anything has run: the largest one that is no autoencoder
+    and no text or image encoder. (What really denoises is found by probing.)
+
+    Raises:
+        UserError: if it has none.
+    """
+    found = {k: v for k, v in networks(pipeline).items() if "encoder" not in k and not (hasattr(v, "encode") and hasattr(v, "decode"))}
+    if not found:
+        raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
+    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def schedulers(pipeline: Any) -> list[type]:

@@ -25,7 +25,7 @@ def _images(config: Any, batch: int) -> Tensor:
 
 
 def _unet2d(config: Any, batch: int) -> Inputs:
-    labels = {} if config.num_class_embeds is None else {"class_labels": torch.zeros(batch, dtype=torch.long)}
+    labels = {} if config.num_class_embeds is None else {"class_labels": torch.randint(config.num_class_embeds, (batch,))}
     return {"sample": _images(config, batch), **labels}
 
 
@@ -70,7 +70,7 @@ def _pixart(config: Any, batch: int) -> Inputs:
 
 
 def _dit(config: Any, batch: int) -> Inputs:
-    return {"hidden_states": _images(config, batch), "class_labels": torch.zeros(batch, dtype=torch.long)}
+    return {"hidden_states": _images(config, batch), "class_labels": torch.randint(config.num_embeds_ada_norm, (batch,))}
 
 
 def _sana(config: Any, batch: int) -> Inputs:
@@ -134,13 +134,16 @@ def backbone_pipeline(backbone: nn.Module, scheduler: Any = None) -> Any:
             for timestep in self.scheduler.timesteps:
                 state = torch.cat([latents, latents]) if doubled else latents
                 time = timestep.expand(len(state)) / (1000 if name == "FluxTransformer2DModel" else 1)
-                out = backbone(**{state_name: state, "timestep": time, **told}).sample[:count, : latents.shape[1]]
+                out = backbone(**{state_name: state, "timestep": time, **told}).sample[:, : latents.shape[1]]
+                if doubled:
+                    null, conditional = out.chunk(2)
+                    out = null + guidance_scale * (conditional - null)
                 latents = self.scheduler.step(out, timestep, latents).prev_sample
             return (latents,)
 
     class FromPrompts(BackbonePipeline):
         def __call__(self, prompt: Any = None, num_inference_steps: int = 50, guidance_scale: float = 1.0, output_type: str = "pt") -> Any:
-            return self._run(len(prompt), guidance_scale, num_inference_steps)
+            return self._run(1 if isinstance(prompt, str) else len(prompt), guidance_scale, num_inference_steps)
 
     class FromClasses(BackbonePipeline):
         def __call__(self, class_labels: Any = None, num_inference_steps: int = 50, guidance_scale: float = 1.0, output_type: str = "pt") -> Any:

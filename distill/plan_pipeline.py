@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill.denoiser import BackboneDenoiser
+from distill.denoiser import Condition
 from distill.errors import UserError
 from distill.loading import SHIPPED_PIPELINES, _looks_like_hub_id, quiet, read_model_index, shipped_pipeline
 from distill.plan_backbones import backbone_pipeline
@@ -187,16 +188,27 @@ class StandInTokenizer:
 # -- calling what has no weights ----------------------------------------------------------------------------------------
 
 
+_inside: ContextVar[bool] = ContextVar("inside a network on the meta device", default=False)
+
+
 def _callable(pipeline: Any) -> Any:
+    # To the outside everything is on the CPU, or the pipeline would place its latents where nobody can compare values.
+    device = property(lambda self: torch.device("meta" if _inside.get() else "cpu"))
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             for name in _WRAPPED:
                 if callable(getattr(component, name, None)):
                     setattr(component, name, _shapes_only(getattr(component, name)))
-    cpu = property(lambda self: torch.device("cpu"))  # or it would place latents on the meta device, whose values nobody can compare
-    pipeline.__class__ = type(type(pipeline).__name__, (type(pipeline),), {"_execution_device": cpu, "device": cpu})
+            _reclass(component, device=device)
+    _reclass(pipeline, device=device, _execution_device=device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _reclass(thing: Any, **properties: property) -> None:
+    """Other properties for one object. The class keeps its full name: transformers goes by it."""
+    cls = type(thing)
+    thing.__class__ = type(cls.__name__, (cls,), {**properties, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,7 +218,7 @@ def _shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if any(t.device.type == "meta" for t in _tensors((args, kwargs))):  # called by a network that is itself on meta
+        if _inside.get():
             return function(*args, **kwargs)
         digest = hashlib.blake2b(digest_size=8)
         for tensor in _tensors((args, kwargs)):
@@ -215,8 +227,12 @@ def _shapes_only(function: Callable[..., Any]) -> Callable[..., Any]:
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big") >> 1)
         key = repr(_mapped((args, kwargs), _to_meta))  # of a tensor on the meta device: its shape and dtype
         if key not in known:
-            with torch.no_grad():
-                known[key] = function(*_mapped(args, _to_meta), **_mapped(kwargs, _to_meta))
+            token = _inside.set(True)
+            try:
+                with torch.no_grad():
+                    known[key] = function(*_mapped(args, _to_meta), **_mapped(kwargs, _to_meta))
+            finally:
+                _inside.reset(token)
         return _mapped(known[key], lambda t: _made_up(t, generator))
 
     return call
@@ -254,14 +270,20 @@ def _mapped(tree: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 
 def on_meta(teacher: Teacher) -> Teacher:
-    """The recorded constants of the call, moved to where the networks are; the networks, callable as they are."""
-    for component in teacher.pipeline.components.values():
-        if isinstance(component, nn.Module):
-            for name in _WRAPPED:
-                component.__dict__.pop(name, None)
-    denoiser = teacher.denoiser
-    assert isinstance(denoiser, BackboneDenoiser)
-    denoiser.call = replace(denoiser.call, constants=_mapped(dict(denoiser.call.constants), _to_meta))
+    """The teacher with its backbone callable as it is, and what it says of conditions moved to where the backbone is."""
+    for name in _WRAPPED:
+        teacher.backbone.__dict__.pop(name, None)
+    teacher.backbone.__class__ = type(teacher.backbone).__bases__[0]
+    denoiser, encode = teacher.denoiser, teacher.condition
+    constants = {path: _mapped(value, _to_meta) for path, value in denoiser.call.constants.items()}
+    denoiser.call = replace(denoiser.call, constants=constants)
+
+    @functools.wraps(encode)
+    def condition(inputs: Any, negative: Any = None) -> Condition:
+        with torch.device("cpu"):  # whatever the caller builds
+            return encode(inputs, negative).to("meta")
+
+    teacher.condition = condition  # type: ignore[method-assign]
     return teacher
 
 

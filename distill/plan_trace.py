@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from distill.errors import UserError
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
 
@@ -53,9 +55,12 @@ class Scale(TorchDispatchMode):
         self.doing = ""
         self._tags: dict[int, tuple[str, int]] = {}
         self._watches: dict[int, Any] = {}
+        self._visitors: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _pointwise(func, args) if not kwargs else None
+        if out is None:
+            out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.trace.flops[self.doing] += int(formula(*args, **(kwargs or {}), out_val=out))
@@ -87,6 +92,25 @@ class Scale(TorchDispatchMode):
         if self.total > self.highest:
             self.highest, self.trace.peak, self.trace.during = self.total, dict(self.alive), self.doing
 
+    def forget(self) -> None:
+        """Begin the search for the peak anew, from what is alive now."""
+        self.highest = 0
+        self.hold(ACTIVATIONS, 0)
+
+    def visit(self, tag: str, size: int) -> None:
+        """Count weights that come to the device, until ``leave``, or ``settle`` if a graph needs them."""
+        if tag not in self._visitors:
+            self._visitors[tag] = size
+            self.hold(tag, size)
+
+    def leave(self, tag: str) -> None:
+        self.hold(tag, -self._visitors.pop(tag))
+
+    def settle(self) -> None:
+        """After an update no graph is alive: visitors leave."""
+        for tag in list(self._visitors):
+            self.leave(tag)
+
     def _freed(self, key: int, _: Any) -> None:
         tag, size = self._tags.pop(key)
         del self._watches[key]
@@ -100,6 +124,25 @@ class Scale(TorchDispatchMode):
             yield
         finally:
             self.doing = before
+
+
+def _pointwise(func: Any, args: Any) -> Tensor | None:
+    """The result of a common elementwise operation; PyTorch's own way to its shape takes longer than all the rest of a step."""
+    if func not in _POINTWISE or args[0].device.type != "meta" or not args[0].is_floating_point():
+        return None
+    shape = args[0].shape
+    if len(args) > 1 and isinstance(args[1], Tensor):
+        if args[1].dtype != args[0].dtype or args[1].device.type != "meta" or args[1].dim() != args[0].dim():
+            return None
+        shape = torch.broadcast_shapes(shape, args[1].shape)
+    return torch.empty(shape, dtype=args[0].dtype, device="meta")
+
+
+_aten = torch.ops.aten
+_POINTWISE = {
+    _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.silu.default, _aten.gelu.default, _aten.silu_backward.default,
+    _aten.gelu_backward.default, _aten.sigmoid.default, _aten.neg.default,
+}
 
 
 # -- what the meta device does otherwise --------------------------------------------------------------------------------
@@ -116,9 +159,9 @@ class _AsOnDevice(TorchFunctionMode):
     """Attention that keeps queries, keys, values and outputs for backward (as every fused kernel does, on a CPU or a GPU),
     and autocast: operands cast to ``autocast`` in matrix products and convolutions, to float32 where CUDA does so."""
 
-    def __init__(self, autocast: torch.dtype | None, raises: bool) -> None:
+    def __init__(self, precision: Precision) -> None:
         super().__init__()
-        self.autocast, self.raises = autocast, raises
+        self.autocast, self.raises = precision.autocast, precision.cuda
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -162,8 +205,51 @@ def _fused_attention(
 # -- the step -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision: the type of its products (None: off), and whether by CUDA's rules or the CPU's."""
+
+    autocast: torch.dtype | None = None
+    cuda: bool = True
+
+
+def checkpoint_blocks(backbone: nn.Module, layers: list[Any], precision: Precision) -> None:
+    """Gradient checkpointing of a backbone whose step is to be traced.
+
+    Args:
+        layers: with adapters; a block is computed again with those that were on at first.
+
+    Raises:
+        UserError: if the backbone's class cannot do it.
+    """
+
+    def run(block: Callable[..., Any], *args: Any) -> Any:
+        switches = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+
+        def again(*inputs: Any) -> Any:
+            now = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+            _switch(layers, switches)
+            try:
+                with _AsOnDevice(precision):  # the one around the step does not reach into the backward pass
+                    return block(*inputs)
+            finally:
+                _switch(layers, now)
+
+        return checkpoint(again, *args, use_reentrant=False)
+
+    try:
+        backbone.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
+    except (AttributeError, ValueError):
+        raise UserError(f"trainer.gradient_checkpointing: {type(backbone).__name__} has no blocks to checkpoint: set it to false") from None
+
+
+def _switch(layers: list[Any], switches: list[tuple[Any, Any]]) -> None:
+    for layer, (off, active) in zip(layers, switches, strict=True):
+        layer._disable_adapters, layer._active_adapter = off, active
+
+
 def trace_step(
-    method: Method, roles: Roles, batches: Iterable[Batch], standing: Callable[[Scale], None], autocast: torch.dtype | None = None, cuda: bool = True,
+    method: Method, roles: Roles, batches: Iterable[Batch], standing: Callable[[Scale], None], precision: Precision, visiting: Mapping[str, tuple[str, int]],
 ) -> Trace:
     """Run one step as the trainer does and weigh it.
 
@@ -171,8 +257,7 @@ def trace_step(
         roles: networks on the meta device.
         batches: one per micro-batch, on the meta device.
         standing: adds what is alive before and after the step (weights, optimizer states, …) to the scale.
-        autocast: the type of mixed precision.
-        cuda: whether autocast follows CUDA's rules or the CPU's.
+        visiting: role → (part, bytes) of weights that are on the device only while they are used (offload).
     """
     scale = Scale()
     batches = list(batches)
@@ -181,7 +266,7 @@ def trace_step(
         for tensor in (batch.noise, batch.x0, *batch.condition.values.values(), *(batch.condition.null or {}).values()):
             if tensor is not None:
                 scale.add(tensor, ACTIVATIONS)
-    with _counted(roles, scale), _AsOnDevice(autocast, cuda), scale:
+    with _counted(roles, scale, visiting), _AsOnDevice(precision), scale:
         _step(method, roles, batches, scale)
     return scale.trace
 
@@ -203,6 +288,7 @@ def _step(method: Method, roles: Roles, batches: list[Batch], scale: Scale) -> N
             scale.trace.backwards[trained[0]] += 1
         for parameter in (p for r in trained for p in roles.parameters(r)):
             parameter.grad = None
+        scale.settle()
 
 
 @contextmanager
@@ -222,14 +308,19 @@ def _marking(parameters: list[nn.Parameter], scale: Scale) -> Iterator[None]:
 
 
 @contextmanager
-def _counted(roles: Roles, scale: Scale) -> Iterator[None]:
+def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]) -> Iterator[None]:
     """Note which role's network runs, and on how many samples."""
 
     def watched(role: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(x_t: Tensor, *args: Any, **kwargs: Any) -> Any:
             scale.trace.forwards[role, len(x_t)] += 1
+            if role in visiting:
+                scale.visit(*visiting[role])
             with scale.named(f"{role} forward"):
-                return function(x_t, *args, **kwargs)
+                result = function(x_t, *args, **kwargs)
+            if role in visiting and not torch.is_grad_enabled():
+                scale.leave(visiting[role][0])
+            return result
 
         return call
 

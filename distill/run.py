@@ -52,7 +52,11 @@ def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
 
 def build(config: Config, device: torch.device | str = "cpu") -> Parts:
     """Teacher, roles and student of a run, as they are before the first step."""
-    teacher = load_teacher(config, device)
+    return assemble(config, load_teacher(config, device))
+
+
+def assemble(config: Config, teacher: Teacher) -> Parts:
+    """The roles and the student of a run beside a teacher that is there already (``plan`` brings one without weights)."""
     lora = None
     if config.student.weights == "lora":
         section = config.student.lora
@@ -61,7 +65,7 @@ def build(config: Config, device: torch.device | str = "cpu") -> Parts:
         lora = LoRA(rank, alpha, tuple(section.targets) if section and section.targets else None)
     method = config.method
     roles, adapters = build_roles(teacher, method.roles, lora, method.guidance_embedding())
-    roles.state = {k: v.to(device) for k, v in method.initial_state().items()}
+    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
     assert isinstance(roles.student, BackboneDenoiser)
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters))

@@ -52,7 +52,7 @@ class Scale(TorchDispatchMode):
         self.alive: Counter[str] = Counter()
         self.trace = Trace()
         self.total = self.highest = 0
-        self.doing = ""
+        self.doing = "losses and heads"
         self._tags: dict[int, tuple[str, int]] = {}
         self._watches: dict[int, Any] = {}
         self._visitors: dict[str, int] = {}

@@ -121,8 +121,8 @@ def _checkpointing(setting: Setting) -> Setting | None:
 def _lora(setting: Setting) -> Setting | None:
     config, memory = setting
     student = config.student
-    impossible = config.method.guidance_embedding() or getattr(student, "architecture", None) or getattr(student, "train", None) or getattr(student, "freeze", None)
-    if student.weights == "lora" or impossible:
+    of_its_own = any(getattr(student, key, None) for key in ("architecture", "train", "freeze"))
+    if student.weights == "lora" or of_its_own or config.method.guidance_embedding():
         return None
     return config.model_copy(update={"student": student.model_copy(update={"weights": "lora", "lora": student.lora or LoRA()})}), memory
 

@@ -31,7 +31,8 @@ def _unet2d(config: Any, batch: int) -> Inputs:
 
 def _unet2d_condition(config: Any, batch: int) -> Inputs:
     width = config.cross_attention_dim
-    inputs: Inputs = {"sample": _images(config, batch), "encoder_hidden_states": torch.randn(batch, CLIP_TOKENS, width if isinstance(width, int) else width[-1])}
+    tokens = torch.randn(batch, CLIP_TOKENS, width if isinstance(width, int) else width[-1])
+    inputs: Inputs = {"sample": _images(config, batch), "encoder_hidden_states": tokens}
     if config.class_embed_type is not None or config.num_class_embeds is not None:
         raise UserError("a UNet2DConditionModel with class embeddings cannot be planned from its config.json alone: name the pipeline's folder")
     if config.addition_embed_type == "text_time":
@@ -158,7 +159,12 @@ def backbone_pipeline(backbone: nn.Module, scheduler: Any = None) -> Any:
 
 
 def _joined(a: Inputs, b: Inputs) -> Inputs:
-    return {k: _joined(v, b[k]) if isinstance(v, dict) else v if v is None or k.endswith("_ids") and k != "time_ids" else torch.cat([v, b[k]]) for k, v in a.items()}
+    def join(key: str, x: Any, y: Any) -> Any:
+        if isinstance(x, dict):
+            return _joined(x, y)
+        return x if x is None or key in ("img_ids", "txt_ids") else torch.cat([x, y])
+
+    return {key: join(key, value, b[key]) for key, value in a.items()}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

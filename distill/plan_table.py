@@ -39,7 +39,8 @@ def print_plan(plan: Plan, advice: Advice | None = None) -> None:
     if plan.flops:
         print(f"a step: {work(sum(plan.flops.values()))}: " + ", ".join(f"{what} {work(n)}" for what, n in plan.flops.items() if n))
     disk = plan.disk
-    print(f"on disk: checkpoints {gigabytes(disk['checkpoints'])} ({gigabytes(disk['checkpoint'])} each), cached data {gigabytes(disk['cache'])}, export {gigabytes(disk['export'])}")
+    kept = f"checkpoints {gigabytes(disk['checkpoints'])} ({gigabytes(disk['checkpoint'])} each)"
+    print(f"on disk: {kept}, cached data {gigabytes(disk['cache'])}, export {gigabytes(disk['export'])}")
     if plan.before:
         print("before training, to encode and decode: " + ", ".join(f"{name} {gigabytes(n)}" for name, n in plan.before.items()))
     for note in plan.notes:
@@ -88,7 +89,8 @@ def _roles(plan: Plan) -> list[list[str]]:
     rows = []
     for role, numbers in plan.parameters.items():
         calls = [f"{call['forwards']}" + (f" × {call['batch']}" if call["batch"] > 1 else "") for call in plan.calls if call["role"] == role]
-        rows.append([role, count(numbers["parameters"]), count(numbers["trained"]) if numbers["trained"] else "–", " + ".join(calls) or "–", str(plan.updates.get(role, "–"))])
+        trained = count(numbers["trained"]) if numbers["trained"] else "–"
+        rows.append([role, count(numbers["parameters"]), trained, " + ".join(calls) or "–", str(plan.updates.get(role, "–"))])
     return rows
 
 

@@ -25,7 +25,7 @@ from distill.errors import UserError
 from distill.guidance import Guided, find_rule
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
-from distill.probing import NotUnderstood, Understanding, copies_of, per_copy_answer, understand, values_of
+from distill.probing import NotUnderstood, copies_of, per_copy_answer, understand, values_of
 from distill.recording import NetworkCall, Recording, Step, Stop, networks, record
 from distill.schedule import from_scheduler
 

@@ -8,10 +8,14 @@ from typing import Any
 
 CLIP_L = {
     "architectures": ["CLIPTextModel"], "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
-    "max_position_embeddings": 77, "projection_dim": 768, "vocab_size": 49408, "hidden_act": "quick_gelu", "model_type": "clip_text_model",
+    "max_position_embeddings": 77, "projection_dim": 768,
+    "vocab_size": 49408, "hidden_act": "quick_gelu", "model_type": "clip_text_model",
 }
 CLIP_G = CLIP_L | {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32, "projection_dim": 1280, "hidden_act": "gelu"}
-T5 = {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+T5 = {
+    "model_type": "t5", "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}
 VAE = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": 512, "scaling_factor": 0.18215,
@@ -49,7 +53,7 @@ def write_stable_diffusion(folder: Path, unet: dict[str, Any] | None = None) -> 
     """Stable Diffusion 1.5; ``unet`` overrides its UNet's configuration."""
     config = SD15_UNET | (unet or {})
     write_json(folder / "unet/config.json", config)
-    write_json(folder / "text_encoder/config.json", CLIP_L | {"hidden_size": config["cross_attention_dim"]})
+    write_json(folder / "text_encoder/config.json", CLIP_L | {"hidden_size": config["cross_attention_dim"]})  # a multiple of 12
     write_json(folder / "vae/config.json", VAE)
     write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", **VP})
     write_json(folder / "model_index.json", {
@@ -66,7 +70,8 @@ def write_sdxl(folder: Path) -> Path:
     write_json(folder / "text_encoder/config.json", CLIP_L)
     write_json(folder / "text_encoder_2/config.json", CLIP_G | {"architectures": ["CLIPTextModelWithProjection"]})
     write_json(folder / "vae/config.json", VAE | {"sample_size": 1024, "scaling_factor": 0.13025})
-    write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler", **{k: v for k, v in VP.items() if k in ("beta_start", "beta_end", "beta_schedule", "steps_offset")}})
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    write_json(folder / "scheduler/scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", {
         "_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],

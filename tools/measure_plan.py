@@ -43,7 +43,7 @@ def main() -> int:
         for part, size in result["memory"].items():
             print(f"  {part:26} {size / GIB:8.3f} GiB")
         planned, measured = result["planned"], result["measured"]
-        print(f"planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f} GiB: planned is {planned / measured - 1:+.1%} off   [{result['seconds']:.1f} s a step]")
+        print(f"planned {planned / GIB:.3f} GiB, measured {measured / GIB:.3f} GiB: {planned / measured - 1:+.1%}   [{result['seconds']:.1f} s a step]")
     return 0
 
 
@@ -111,8 +111,11 @@ def random_teacher(config: Any, device: str) -> Any:
         for b in teacher.backbone.buffers():
             b.zero_()
 
+    def value(like: Any) -> Any:
+        return torch.randn(like.shape, device=device).to(like.dtype) if like.is_floating_point() else torch.zeros_like(like, device=device)
+
     def real(tree: Any) -> Any:
-        return pytree.tree_map_only(torch.Tensor, lambda t: torch.randn(t.shape, device=device).to(t.dtype) if t.is_floating_point() else torch.zeros_like(t, device=device), tree)
+        return pytree.tree_map_only(torch.Tensor, value, tree)
 
     denoiser, encode = teacher.denoiser, teacher.condition
     denoiser.call = replace(denoiser.call, constants=real(dict(denoiser.call.constants)))

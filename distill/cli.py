@@ -1,4 +1,4 @@
-"""The command line: ``distill train | sample | eval | export | teachers | verify | methods``.
+"""The command line: ``distill train | plan | sample | eval | export | teachers | verify | methods``.
 
 Only this file talks to the user. Whatever a user can get wrong ends in one line on stderr and exit code 2.
 """
@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check the recipe and print it with every default, train nothing")
     train.add_argument("--print-schema", action="store_true", help="print the recipe's JSON schema, for editors")
     train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="what a run will take in memory, work and disk, from configuration files alone")
+    plan.add_argument("recipe", help="a YAML file, a shipped recipe or a run folder")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: trainer.batch_size=4")
+    plan.add_argument("--gpu", metavar="SIZE", help="does it fit a GPU of this memory (24GB), and if not, with which settings")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+    plan.set_defaults(run=_plan)
 
     sample = commands.add_parser("sample", help="sample images from a run, an exported student or any diffusers pipeline")
     sample.add_argument("path", help="run folder, exported folder, pipeline folder or hub id")
@@ -140,6 +147,12 @@ def _train(options: argparse.Namespace) -> int:
     from distill.commands import train
 
     return train(config, resume=options.resume, overwrite=options.overwrite)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from distill.plan_table import plan
+
+    return plan(options.recipe, options.set, options.gpu, options.json)
 
 
 def _sample(options: argparse.Namespace) -> int:

@@ -72,18 +72,22 @@ def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
 
 def build(config: Config, device: torch.device | str = "cpu") -> Parts:
     """Teacher, roles and student of a run, as they are before the first step."""
-    teacher = load_teacher(config, device)
+    return assemble(config, load_teacher(config, device))
+
+
+def assemble(config: Config, teacher: Teacher) -> Parts:
+    """The roles and the student of a run beside a teacher that is there already (``plan`` brings one without weights)."""
     student, method, bits = config.student, config.method, config.teacher.quantize
     selection = Selection(tuple(student.train or ()), tuple(student.freeze or ())) if student.train or student.freeze else None
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
     )
     if adapters is None and bits != "none":  # the copies have been made
-        quantize(teacher.backbone, bits, device)
+        quantize(teacher.backbone, bits, teacher.device)
     if student.architecture is not None:
         _try_out(teacher, roles.student, "student.architecture: a student of this architecture does not work as the teacher does")
     waiting = _economize(config, teacher, roles, adapters)
-    roles.state = {k: v.to(device) for k, v in method.initial_state().items()}
+    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
     assert isinstance(roles.student, BackboneDenoiser)
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)

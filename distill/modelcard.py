@@ -15,12 +15,13 @@ from distill.sampling import Sampler
 
 def model_card(
     *, title: str, method: str, teacher_name: str, sampler: Sampler, load: str, pipeline_tag: str, lora: bool,
-    license: str | None = None, metrics: Sequence[dict[str, Any]] | None = None,
+    also: str | None = None, license: str | None = None, metrics: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """Markdown with the hub's YAML header.
 
     Args:
         load: the code that loads and samples the student.
+        also: code that loads it as the few-step pipeline, which needs no arguments.
         license: of the teacher, inherited; left out where unknown.
     """
     header: dict[str, Any] = {
@@ -50,6 +51,8 @@ def model_card(
         f"- **Sampler**: the stored scheduler; it re-noises at t = {times} of the teacher's schedule",
         "## Load it\n```python\n" + load.strip() + "\n```",
     ]
+    if also is not None:
+        lines.append("### With nothing to remember\nThe number of steps, the times and the guidance are the defaults here:\n```python\n" + also.strip() + "\n```")
     if metrics:
         lines.append("## Measured\n" + markdown(metrics).strip())
     return "\n\n".join(lines) + "\n"

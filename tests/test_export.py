@@ -144,7 +144,7 @@ def test_what_cannot_be_reproduced_is_not_written(tmp_path: Path) -> None:
 
 def test_a_difference_in_the_images_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = make(tiny_unet2d())
-    monkeypatch.setattr("distill.export._merged", lambda s: unet2d(seed=7))
+    monkeypatch.setattr("distill.export.assembly.merged", lambda s: unet2d(seed=7))
     with pytest.raises(UserError, match="differs from the student"):
         export_diffusers(student, tmp_path / "student", **FACTS)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""The proof of an export: what was written is loaded as a user would load it, and makes the student's images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import UserError
+from distill.export.calls import Plain, call_arguments
+from distill.export.rehearsal import our_sample, seeded, watch_generator
+from distill.loading import quiet
+from distill.student import Student
+
+TOLERANCE = 1e-4  #: largest difference of images in [0, 1] between the exported student and ours, in float32
+HALF_TOLERANCE = 0.1  #: the same where weights or arithmetic are in half precision
+
+
+def reload(folder: Path, written: Any, student: Student, *, changed: tuple[str, ...], code: bool, few_step: bool, variant: str | None = None) -> Any:
+    """What was written, loaded by diffusers; parts that the export did not change are not loaded twice.
+
+    Args:
+        code: whether files of the folder have to be run: ours, copied there a moment ago, or the teacher's own.
+        few_step: load the few-step pipeline in place of the one that model_index.json names.
+    """
+    import diffusers
+
+    kept = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
+    extra: dict[str, Any] = {"trust_remote_code": True} if code or few_step else {}
+    extra |= {"custom_pipeline": str(folder)} if few_step else {}
+    extra |= {"variant": variant} if variant else {}
+    try:
+        with quiet():
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=student.denoiser.dtype, use_safetensors=True, **kept, **extra)
+    except Exception as error:  # every loader error: one line
+        raise UserError(f"the export could not be loaded again ({str(error).splitlines()[0][:200]}): not written") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(student.teacher.device)
+
+
+@torch.no_grad()
+def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mapping[int, dict[str, Any]], half: bool = False) -> None:
+    """Compare images of equal seeds for every number of steps, and of the call with no settings for a few-step pipeline.
+
+    Args:
+        calls: by number of steps, the further arguments of the call.
+
+    Raises:
+        UserError: if they differ by more than ``TOLERANCE`` (in half precision: ``HALF_TOLERANCE``).
+    """
+    inputs = [student.teacher.placeholder()] * 2
+    condition = student.teacher.condition(inputs)
+    limit = HALF_TOLERANCE if half or student.denoiser.dtype != torch.float32 else TOLERANCE
+    attempts = [(n, call_arguments(student, pipeline, inputs, n, plain) | calls[n]) for n in range(1, len(student.sampler.times) + 1)]
+    if hasattr(pipeline, "settings"):
+        bare = {k: v for k, v in attempts[student.sampler.steps - 1][1].items() if k not in ("num_inference_steps", *pipeline.settings["call"])}
+        attempts.append((student.sampler.steps, bare))
+    for steps, arguments in attempts:
+        with seeded() as generator:
+            generator_used = watch_generator(pipeline)
+            images = as_images(pipeline(**arguments, generator=generator))
+            handed = generator_used() or hasattr(pipeline.scheduler, "generator")
+        with seeded() as generator:
+            ours = student.teacher.decode(our_sample(student, condition, steps, generator, handed)).cpu()
+        if images.shape != ours.shape:
+            raise UserError(f"{what} makes images of shape {tuple(images.shape)}, the student {tuple(ours.shape)}: not written")
+        difference = float((images - ours.float()).abs().max())
+        if not difference <= limit:
+            raise UserError(f"{what} differs from the student by {difference:.1e} in {steps} steps (allowed {limit:.0e}): not written")
+
+
+def as_images(output: Any) -> Tensor:
+    """A pipeline's "np" output as (batch, channels, height, width) in [0, 1]; videos with their frames in the batch."""
+    value = output[0] if isinstance(output, tuple) else next(getattr(output, n) for n in ("images", "frames") if hasattr(output, n))
+    images = torch.as_tensor(value).float()
+    return images.flatten(0, -4).movedim(-1, -3)

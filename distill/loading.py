@@ -118,7 +118,9 @@ def load_pipeline(
     if path.is_file():
         raise UserError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a hub id")
     if path.is_dir():
-        class_name = read_model_index(path).get("_class_name")
+        index = read_model_index(path)
+        class_name = index.get("_class_name")
+        arguments |= {part: None for part, value in index.items() if value == [None, None]}  # diffusers wants some of these said
         if isinstance(class_name, list):
             class_name = class_name[-1]
         if class_name in SHIPPED_PIPELINES and not few_step:

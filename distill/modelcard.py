@@ -52,7 +52,7 @@ def model_card(
         "## Load it\n```python\n" + load.strip() + "\n```",
     ]
     if also is not None:
-        lines.append("### With nothing to remember\nThe number of steps, the times and the guidance are the defaults here:\n```python\n" + also.strip() + "\n```")
+        lines.append("### With nothing to remember\nHere the number of steps, the times and the guidance are defaults:\n```python\n" + also.strip() + "\n```")
     if metrics:
         lines.append("## Measured\n" + markdown(metrics).strip())
     return "\n\n".join(lines) + "\n"

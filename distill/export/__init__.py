@@ -18,17 +18,18 @@ from distill.errors import UserError
 from distill.export import assembly, few_step, words
 from distill.export.assembly import carry_code
 from distill.export.calls import call_guidance, plain_call
-from distill.export.files import check_shard_size, read_facts, to_variant, write_facts, writing
+from distill.export.files import VARIANTS, check_shard_size, read_facts, to_variant, write_facts, writing
 from distill.export.lora import export_lora
 from distill.export.proof import prove, reload
 from distill.export.schedulers import NoStockScheduler, choose
-from distill.loading import FACTS, quiet
+from distill.loading import FACTS, load_pipeline, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
 from distill.student import Student
 
 __all__ = [
-    "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "export_diffusers", "export_few_step", "export_lora", "read_facts",
+    "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "export_diffusers", "export_few_step", "export_lora",
+    "load_export", "read_facts",
 ]
 
 
@@ -71,8 +72,8 @@ def export_diffusers(
         write_facts(temporary, student.sampler, **said)
         arguments = {} if no_arguments else {"num_inference_steps": student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
         note = words.seed_note(stock.generator_used, student.sampler.gamma, student.sampler.steps)
-        load = words.load_stock(folder, code=code, dtype=format.variant, call=note + words.call_code(student, arguments))
-        also = None if no_arguments else words.load_few_step(folder, student, format.variant)
+        load = words.load_stock(folder, pipeline, code=code, dtype=format.variant, call=note + words.call_code(student, arguments))
+        also = None if no_arguments else words.load_few_step(folder, pipeline, student, format.variant, named=False)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, also), encoding="utf-8")
         changed = (student.teacher.backbone_name, "scheduler")
         loaded = reload(temporary, pipeline, student, changed=changed, code=code, few_step=False, variant=format.variant)
@@ -100,12 +101,24 @@ def export_few_step(
         said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
         few_step.name_class(temporary)
         write_facts(temporary, student.sampler, **said)
-        load = words.load_few_step(folder, student, format.variant).replace(f', custom_pipeline="{folder.as_posix()}"', "")
+        load = words.load_few_step(folder, pipeline, student, format.variant, named=True)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, None), encoding="utf-8")
         changed = (student.teacher.backbone_name, "scheduler")
         loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
         every = range(1, len(student.sampler.times) + 1)
         prove(student, loaded, "the exported pipeline", plain, {n: {} for n in every}, half=format.variant is not None)
+
+
+def load_export(folder: Path, **options: Any) -> Any:
+    """An exported pipeline that samples right with nothing but a number of steps: the stock class where that suffices, else
+    the few-step class. Options as for ``load_pipeline``.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    facts = read_facts(folder) or {}
+    variant = next((v for v in VARIANTS if any(folder.rglob(f"*.{v}*.safetensors"))), None)
+    return load_pipeline(folder, variant=variant, few_step=any((facts.get("calls") or {}).values()), **options)
 
 
 def _save(pipeline: Any, folder: Path, format: Format) -> bool:

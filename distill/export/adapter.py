@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,10 @@ def adapted_layers(student: Student) -> dict[str, Layer]:
 
 
 def base_weight(backbone: nn.Module, name: str) -> Tensor:
-    """The weight under the adapter of a layer (of any layer, adapted or not), on the CPU."""
-    module = backbone.get_submodule(name)
+    """The weight under the adapter of a layer (of any layer, adapted or not)."""
+    module: Any = backbone.get_submodule(name)
     weight: Tensor = getattr(module, "base_layer", module).weight
-    return weight.detach().cpu()
+    return weight.detach()
 
 
 def check_same(layers: Mapping[str, Layer], found: Mapping[str, tuple[Tensor, Tensor | None]], backbone: nn.Module) -> None:
@@ -90,5 +91,5 @@ def check_same(layers: Mapping[str, Layer], found: Mapping[str, tuple[Tensor, Te
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """The norm of each output's weights, (outputs,)."""
-    return weight.float().flatten(1).norm(dim=1)
+    """The norm of each output's weights, (outputs,), on the CPU."""
+    return weight.cpu().float().flatten(1).norm(dim=1)

@@ -24,16 +24,22 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
     A bare ``UNet2DModel`` gets the toolkit's own pixel-space pipeline: the stock ones (``DDIMPipeline``) force a scheduler
     of theirs.
     """
-    from diffusers import UNet2DModel
-
     pipeline = student.teacher.pipeline
-    if isinstance(backbone, UNet2DModel) and set(pipeline.components) <= {"unet", "scheduler"}:
+    if is_pixel_unet(pipeline):
         null = pipeline.config.get("null_class")
         made = shipped_pipeline("UNet2DPipeline")(backbone, scheduler, num_inference_steps=student.sampler.steps, guidance_scale=1.0, null_class=null)
     else:
         made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, "scheduler": scheduler})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def is_pixel_unet(pipeline: Any) -> bool:
+    """Whether it is a bare ``UNet2DModel`` in a class of diffusers' or the toolkit's own (a user's class is kept)."""
+    from diffusers import UNet2DModel
+
+    known = type(pipeline).__name__ in SHIPPED_PIPELINES or not _foreign(type(pipeline))
+    return known and set(pipeline.components) <= {"unet", "scheduler"} and type(pipeline.components.get("unet")) is UNet2DModel
 
 
 def remake(cls: type[Any], pipeline: Any, parts: Mapping[str, Any]) -> Any:

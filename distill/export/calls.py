@@ -11,6 +11,7 @@ from distill.student import Student
 
 #: Arguments of every call of an exported pipeline, whatever the number of steps: guidance off or as trained, the size.
 Plain = Mapping[str, Any]
+GUIDANCE_OFF = {"guidance_scale": 1.0, "true_cfg_scale": 1.0}
 
 
 def call_guidance(sampler: Sampler) -> float:
@@ -23,16 +24,33 @@ def takes(pipeline: Any, *names: str) -> bool:
     return set(names) <= inspect.signature(pipeline.__call__).parameters.keys()
 
 
+def guidance_off(student: Student, pipeline: Any) -> dict[str, float]:
+    """The arguments that switch guidance off, as the teacher found them: it is folded into the student."""
+    off = getattr(student.teacher, "_off", None)
+    return {k: float(v) for k, v in (GUIDANCE_OFF if off is None else off).items() if takes(pipeline, k)}
+
+
 def plain_call(student: Student, pipeline: Any) -> dict[str, Any]:
-    """The teacher's own fixed arguments, and guidance as the student was trained for it: off, since it is folded in."""
-    plain = dict(getattr(student.teacher, "call", None) or {})
-    guidance = {"guidance_scale": call_guidance(student.sampler), "true_cfg_scale": 1.0}
-    plain |= {name: value for name, value in guidance.items() if takes(pipeline, name) and (name not in plain or name == "guidance_scale")}
+    """The teacher's own fixed arguments, and guidance as the student was trained for it."""
+    plain = dict(getattr(student.teacher, "call", None) or {}) | guidance_off(student, pipeline)
+    if student.sampler.guidance_range is not None:
+        plain["guidance_scale"] = call_guidance(student.sampler)
     return {k: v for k, v in plain.items() if k not in ("num_inference_steps", "generator", "output_type")}
+
+
+def probe_inputs(student: Student) -> list[Any]:
+    """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once."""
+    several = getattr(student.teacher, "_batched", True) and takes(student.teacher.pipeline, student.teacher.input_name or "batch_size")
+    return [student.teacher.placeholder()] * (2 if several else 1)
 
 
 def call_arguments(student: Student, pipeline: Any, inputs: Sequence[Any], steps: int, plain: Plain) -> dict[str, Any]:
     """All arguments for so many steps, but the generator; images come back as an array."""
     name = student.teacher.input_name
-    what: dict[str, Any] = {name: list(inputs)} if name else {"batch_size": len(inputs)} if takes(pipeline, "batch_size") else {}
-    return {**plain, **what, "num_inference_steps": steps, "output_type": "np"}
+    what: dict[str, Any] = {}
+    if name is not None:
+        what[name] = list(inputs)
+    elif takes(pipeline, "batch_size"):
+        what["batch_size"] = len(inputs)
+    settings = {"num_inference_steps": steps, "output_type": "np"}
+    return {**plain, **what, **{k: v for k, v in settings.items() if takes(pipeline, k)}}

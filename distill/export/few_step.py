@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.export.assembly import edit_index, remake
-from distill.export.calls import Plain
+from distill.export.calls import Plain, guidance_off
 from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
 from distill.sampling import way_point
 from distill.schedule import Flow
@@ -36,7 +36,7 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     if sampler.gamma == 1:  # clean data, also where the schedule ends a little above it
         way_alphas, way_sigmas = torch.ones_like(ways), torch.zeros_like(ways)
     call = {"num_inference_steps": sampler.steps, **{k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}}
-    fixed = [] if sampler.guidance_range else [name for name in ("guidance_scale", "true_cfg_scale") if name in call]
+    fixed = [] if sampler.guidance_range else [name for name in guidance_off(student, student.teacher.pipeline) if name in call]
     return {
         "scheduler": {
             "timesteps": _rounded(schedule.model_time(times)), "alphas": alphas.tolist(), "sigmas": sigmas.tolist(),

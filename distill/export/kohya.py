@@ -126,18 +126,18 @@ def fuse(backbone: nn.Module, layers: Mapping[str, Layer], parts: Sequence[str])
     (and the magnitudes that their weights have)."""
     present = [layers[p.lstrip("~")] for p in parts if p.lstrip("~") in layers]
     rank, first = sum(layer.rank for layer in present), present[0]
+    dora = any(layer.magnitude is not None for layer in present)
     ups, magnitudes, column = [], [], 0
     for part in parts:
-        layer, weight = layers.get(part.lstrip("~")), base_weight(backbone, part.lstrip("~"))
+        layer, weight, swapped = layers.get(part.lstrip("~")), base_weight(backbone, part.lstrip("~")), part.startswith("~")
         up = first.up.new_zeros(len(weight), rank, *first.up.shape[2:])
         if layer is not None:
             up[:, column : column + layer.rank] = layer.up
             column += layer.rank
-        norms = row_norms(weight) if layer is None or layer.magnitude is None else layer.magnitude.flatten()
-        swapped = part.startswith("~")
         ups.append(swap_halves(up) if swapped else up)
-        magnitudes.append(swap_halves(norms) if swapped else norms)
-    dora = any(layer.magnitude is not None for layer in present)
+        if dora:
+            norms = row_norms(weight) if layer is None or layer.magnitude is None else layer.magnitude.flatten()
+            magnitudes.append(swap_halves(norms) if swapped else norms)
     magnitude = torch.cat(magnitudes).reshape(-1, *(1,) * (first.down.dim() - 1)) if dora else None
     return Layer(torch.cat([layer.down for layer in present]), torch.cat(ups), first.scale * rank, magnitude)
 

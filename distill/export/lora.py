@@ -14,7 +14,7 @@ from distill.export import assembly, few_step, kohya, words
 from distill.export.adapter import Layer, adapted_layers, check_same
 from distill.export.calls import Plain, call_guidance, plain_call
 from distill.export.files import write_facts, writing
-from distill.export.proof import prove
+from distill.export.proof import absent, prove
 from distill.export.schedulers import NoStockScheduler, Stock, choose
 from distill.loading import quiet
 from distill.modelcard import license_of, model_card
@@ -22,6 +22,8 @@ from distill.resources import find
 from distill.student import Student
 
 FILE = "pytorch_lora_weights.safetensors"
+#: Backbones whose kohya names diffusers converts when it loads them.
+CONVERTED = ("UNet2DConditionModel", "FluxTransformer2DModel")
 Names = Literal["diffusers", "kohya"]
 
 
@@ -75,8 +77,7 @@ def _stock(student: Student) -> Stock | None:
 def _loader(pipeline: Any, backbone: nn.Module) -> bool:
     """Whether the pipeline can load a LoRA onto this backbone: by diffusers' own loader, or by one of the class's own."""
     own = getattr(type(pipeline), "load_lora_weights", None)
-    shipped = type(backbone).__name__ == "UNet2DModel" and set(pipeline.components) <= {"unet", "scheduler"}
-    return shipped or (own is not None and hasattr(backbone, "load_lora_adapter"))
+    return assembly.is_pixel_unet(pipeline) or (own is not None and hasattr(backbone, "load_lora_adapter"))
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------
@@ -90,8 +91,8 @@ def _write_weights(student: Student, folder: Path, form: str, layers: dict[str, 
         return
     if form == "kohya":
         weights = kohya.weights(student.denoiser.backbone, layers)
-        settings = student.adapters.settings if student.adapters else None
-        facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(settings and settings.rank), "ss_network_alpha": f"{settings and settings.alpha:g}"}
+        first = next(iter(layers.values()))
+        facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
     else:
         weights, facts = diffusers_weights(student.teacher.backbone_name, layers), {"format": "pt"}
     save_file({k: v.contiguous() for k, v in weights.items()}, folder / FILE, metadata=facts)
@@ -137,8 +138,9 @@ def _prove(student: Student, folder: Path, pipeline: Any, form: str, layers: dic
         from safetensors.torch import load_file
 
         check_same(layers, kohya.deltas(student.denoiser.backbone, load_file(folder / FILE)), student.denoiser.backbone)
-        if any(layer.magnitude is not None for layer in layers.values()):
-            return  # diffusers drops kohya's dora_scale
+        dora = any(layer.magnitude is not None for layer in layers.values())
+        if dora or type(student.denoiser.backbone).__name__ not in CONVERTED:
+            return  # diffusers drops kohya's dora_scale, and ignores the names of other backbones without a word
     if form == "peft":
         from peft import PeftModel
 
@@ -148,8 +150,8 @@ def _prove(student: Student, folder: Path, pipeline: Any, form: str, layers: dic
             with quiet():
                 pipeline.load_lora_weights(str(folder))
         except Exception as error:  # a loader may refuse in any way
-            if form == "kohya":
-                return
+            if form == "kohya" and type(student.denoiser.backbone).__name__ == "FluxTransformer2DModel":
+                return  # diffusers knows the sizes of the published Flux models only
             raise UserError(f"the exported LoRA could not be loaded again ({str(error).splitlines()[0][:200]}): not written") from error
     with torch.no_grad():
         prove(student, pipeline, "the exported LoRA", plain, calls)
@@ -165,7 +167,8 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
     lines = ["from diffusers import DiffusionPipeline" + (f", {type(stock.scheduler).__name__}" if stock else ""), "", ]
     if form == "peft":
         lines[1:1] = ["from peft import PeftModel"]
-    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{few}{trust}')
+    none = "".join(f", {name}=None" for name in absent(student.teacher.pipeline))
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{few}{trust}')
     if form == "peft":
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{path}").merge_and_unload()')
     else:

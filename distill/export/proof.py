@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.export.calls import Plain, call_arguments
-from distill.export.rehearsal import our_sample, seeded, watch_generator
+from distill.export.calls import Plain, call_arguments, call_guidance, probe_inputs
+from distill.export.rehearsal import Trace, resumed, seeded, watching
 from distill.loading import quiet
 from distill.student import Student
 
@@ -28,7 +28,8 @@ def reload(folder: Path, written: Any, student: Student, *, changed: tuple[str, 
     """
     import diffusers
 
-    kept = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
+    kept: dict[str, Any] = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
+    kept |= {name: None for name in absent(written)}
     extra: dict[str, Any] = {"trust_remote_code": True} if code or few_step else {}
     extra |= {"custom_pipeline": str(folder)} if few_step else {}
     extra |= {"variant": variant} if variant else {}
@@ -43,7 +44,7 @@ def reload(folder: Path, written: Any, student: Student, *, changed: tuple[str, 
 
 @torch.no_grad()
 def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mapping[int, dict[str, Any]], half: bool = False) -> None:
-    """Compare images of equal seeds for every number of steps, and of the call with no settings for a few-step pipeline.
+    """Compare images from equal noise for every number of steps, and of the call with no settings for a few-step pipeline.
 
     Args:
         calls: by number of steps, the further arguments of the call.
@@ -51,25 +52,33 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
     Raises:
         UserError: if they differ by more than ``TOLERANCE`` (in half precision: ``HALF_TOLERANCE``).
     """
-    inputs = [student.teacher.placeholder()] * 2
+    inputs, steps_of_call = probe_inputs(student), student.sampler.steps
     condition = student.teacher.condition(inputs)
     limit = HALF_TOLERANCE if half or student.denoiser.dtype != torch.float32 else TOLERANCE
     attempts = [(n, call_arguments(student, pipeline, inputs, n, plain) | calls[n]) for n in range(1, len(student.sampler.times) + 1)]
     if hasattr(pipeline, "settings"):
-        bare = {k: v for k, v in attempts[student.sampler.steps - 1][1].items() if k not in ("num_inference_steps", *pipeline.settings["call"])}
-        attempts.append((student.sampler.steps, bare))
+        bare = {k: v for k, v in attempts[steps_of_call - 1][1].items() if k not in ("num_inference_steps", *pipeline.settings["call"])}
+        attempts.append((steps_of_call, bare))
     for steps, arguments in attempts:
-        with seeded() as generator:
-            generator_used = watch_generator(pipeline)
+        trace = Trace()
+        with seeded() as generator, watching(pipeline, steps, trace, made_up=False), quiet():
             images = as_images(pipeline(**arguments, generator=generator))
-            handed = generator_used() or hasattr(pipeline.scheduler, "generator")
-        with seeded() as generator:
-            ours = student.teacher.decode(our_sample(student, condition, steps, generator, handed)).cpu()
-        if images.shape != ours.shape:
+        if trace.noise is None:
+            raise UserError(f"{what} never used its scheduler: not written")
+        with resumed(trace) as fresh:
+            x0 = student.sample_from(condition, trace.noise, steps, fresh, call_guidance(student.sampler))
+        ours = student.teacher.decode(x0).cpu().float()
+        ours = ours.movedim(2, 1).flatten(0, 1) if ours.dim() == 5 else ours  # frames in the batch, as the pipeline's
+        if images.numel() != ours.numel():
             raise UserError(f"{what} makes images of shape {tuple(images.shape)}, the student {tuple(ours.shape)}: not written")
-        difference = float((images - ours.float()).abs().max())
+        difference = float((images - ours.reshape(images.shape)).abs().max())
         if not difference <= limit:
             raise UserError(f"{what} differs from the student by {difference:.1e} in {steps} steps (allowed {limit:.0e}): not written")
+
+
+def absent(pipeline: Any) -> list[str]:
+    """Components that the pipeline has none of, and that diffusers wants to be told so (``text_encoder_3=None``)."""
+    return [name for name, part in pipeline.components.items() if part is None and name not in type(pipeline)._optional_components]
 
 
 def as_images(output: Any) -> Tensor:

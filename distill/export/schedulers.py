@@ -1,7 +1,7 @@
 """The stock scheduler that samples exactly as a student does.
 
-Candidates are tried in order, each on the real pipeline with the backbone's answers fixed (``rehearsal.py``): the first
-that makes the same calls at the same times from the same states, for every number of steps, is taken. Preferred is one
+Candidates are tried in order, each on the real pipeline with made-up model outputs (``rehearsal.py``): the first that asks
+at the same times from the same states, for every number of steps, is taken. Preferred is one
 that needs nothing but ``num_inference_steps`` at the default number of steps; failing that, one whose timesteps or sigmas
 have to be given. The traps that make a plausible configuration wrong, and how each is met:
 
@@ -92,33 +92,22 @@ def _fit(student: Student, rehearsal: Rehearsal, candidate: Candidate, assemble:
         pipeline = assemble(candidate.scheduler)
     except (ValueError, TypeError, AttributeError) as error:
         return str(error)
-    plain, calls = settled(student, rehearsal, pipeline), {}
-    sampler = student.sampler
+    plain, calls, sampler, generator_used = plain_call(student, pipeline), {}, student.sampler, True
     for steps in sorted(range(1, len(sampler.times) + 1), key=lambda n: n != sampler.steps):  # the default number first
         times = sampler.ladder(steps)
         reason: str | None = None
         for option in candidate.options(times):
             if not takes(pipeline, *option):
                 continue
-            wrong = rehearsal.disagreement(pipeline, plain, steps, option)
+            wrong, trace = rehearsal.disagreement(pipeline, plain, steps, option)
             if wrong is None:
                 calls[steps] = option
+                generator_used &= trace.generator_used
                 break
             reason = reason or f"in {steps} steps, {wrong}"
         if steps not in calls:
             return reason or f"{type(pipeline).__name__} takes no timesteps"
-    generator_used = rehearsal.theirs(pipeline, plain, sampler.steps, calls[sampler.steps]).generator_used
     return Stock(type(candidate.scheduler).from_config(candidate.scheduler.config), dict(sorted(calls.items())), plain, generator_used)
-
-
-def settled(student: Student, rehearsal: Rehearsal, pipeline: Any) -> Plain:
-    """The call's fixed arguments; an embedded guidance scale (Flux) is the one that the student's backbone was told."""
-    plain = plain_call(student, pipeline)
-    told = rehearsal.ours(1, True).calls[0].get("guidance")
-    if isinstance(told, Tensor) and takes(pipeline, "guidance_scale"):
-        scale = round(float(told.reshape(-1)[0]), 4)
-        plain["guidance_scale"] = scale / 1000 if scale >= 1000 else scale  # some pipelines embed a thousandfold
-    return plain
 
 
 # -- candidates ---------------------------------------------------------------------------------------------------------

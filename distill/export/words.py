@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.export.calls import Plain
+from distill.export.proof import absent
 from distill.student import Student
 
 
@@ -31,21 +31,28 @@ def seed_note(generator_used: bool, gamma: float, steps: int) -> str:
     return "# this class draws the noise of later steps from PyTorch's global generator: torch.manual_seed(0) for equal images\n"
 
 
-def load_stock(folder: Path, *, code: bool, dtype: str | None, call: str) -> str:
+def load_stock(folder: Path, pipeline: Any, *, code: bool, dtype: str | None, call: str) -> str:
     """Code that loads the stock pipeline."""
-    extra = f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
+    extra = "".join(f", {name}=None" for name in absent(pipeline))
+    extra += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     extra += ", trust_remote_code=True)  # runs the pipeline's file, which lies in the folder" if code else ")"
     start = "import torch\n" if dtype else ""
     return f'{start}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}\n{call}\n'
 
 
-def load_few_step(folder: Path, student: Student, dtype: str | None) -> str:
-    """Code that loads the few-step pipeline file."""
-    variant = f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
+def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | None, named: bool) -> str:
+    """Code that loads the few-step pipeline file.
+
+    Args:
+        named: whether model_index.json names the file's class, so that it need not be asked for.
+    """
+    variant = "".join(f", {name}=None" for name in absent(pipeline))
+    variant += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     path = folder.as_posix()
+    custom = "" if named else f', custom_pipeline="{path}"'
     return (
         ("import torch\n" if dtype else "") + "from diffusers import DiffusionPipeline\n\n# pipeline.py lies in the folder and is run: read it first\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{path}", custom_pipeline="{path}"{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'
     )
 
 

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -197,4 +197,4 @@ def copy_backbone(backbone: nn.Module, call: Call, guidance_embedding: int = 0) 
     made.load_state_dict(backbone.state_dict(), strict=False)
     nn.init.zeros_(made.time_embedding.cond_proj.weight)
     constants = {k: v for k, v in call.constants.items() if k != "timestep_cond"}
-    return made.eval().to(first.device, first.dtype), Call(call.state, call.time, call.time_scale, constants, "timestep_cond")
+    return made.eval().to(first.device, first.dtype), replace(call, constants=constants, guidance="timestep_cond")

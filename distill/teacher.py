@@ -1,81 +1,52 @@
 """Any diffusers pipeline as a teacher, by recording the pipeline's own call of its backbone.
 
-The pipeline runs for a few steps while hooks note what its backbone receives and what its scheduler does:
-
-* the tensors that change between the calls are the state and the time; everything else is the condition, already
-  encoded, masked and positioned by the pipeline itself;
-* the time's unit is the recorded time over ``scheduler.timesteps``;
-* a guided and an unguided call tell which half of the doubled batch is conditional: by equality, never assumed.
-
-So no file per model family. ``Teacher.check`` replays what was recorded and refuses a teacher that does not agree.
+The pipeline runs for a few steps while ``recording.py`` notes what its networks receive and what its scheduler does;
+``probing.py`` reads off how the backbone is called; a guided recording tells how guidance is arranged. So no file per
+model family: what is left to say of single pipelines is in ``overrides/``. ``Teacher.check`` replays what was recorded
+and refuses a teacher that does not agree.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser, Guided, flatten
+from distill.call import Affine, Layout, flatten
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser
 from distill.errors import UserError
+from distill.guidance import Guided, find_rule
+from distill.latents import Autoencoder, find_autoencoder
+from distill.overrides import Override, find_override
+from distill.probing import NotUnderstood, Understanding, copies_of, per_copy_answer, understand, values_of
+from distill.recording import NetworkCall, Recording, Step, Stop, networks, record
 from distill.schedule import from_scheduler
 
-_BACKBONES = ("unet", "transformer", "prior")
 PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refuses fewer than four)
+SEEN_STEPS = 3  #: of them are computed: two timesteps differ, even where a solver visits one twice
+PROBE_GUIDANCE = 3.0
+GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale", "text_guidance_scale", "cfg_scale", "decoder_guidance_scale")
+PLACEHOLDER = {"prompt": "a photograph", "class_labels": 0, None: None}
+LONGER_PROMPT = "a photograph of two"
 
 
-class _Stop(Exception):
-    """Raised by a hook when it has seen enough of the pipeline."""
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline arranges classifier-free guidance."""
 
-
-@dataclass
-class Recording:
-    """What happened while a pipeline ran: the backbone's flattened arguments and outputs, the scheduler's timesteps."""
-
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    timesteps: list[Tensor] = field(default_factory=list)
-    final: Tensor | None = None
-
-
-@contextmanager
-def _recording(pipeline: Any, backbone: nn.Module, stop_after: int | None) -> Iterator[Recording]:
-    """Note every call of the backbone and every scheduler step; stop before the ``stop_after``-th call is computed."""
-    recording = Recording()
-    signature = inspect.signature(backbone.forward)
-    scheduler_step = pipeline.scheduler.step
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(*args, **kwargs).arguments
-        recording.calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in flatten(bound).items()})
-        if stop_after is not None and len(recording.calls) >= stop_after:
-            raise _Stop
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recording.outputs.append((output[0] if isinstance(output, tuple) else output.sample).clone())
-
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recording.timesteps.append(torch.as_tensor(timestep))
-        result = scheduler_step(model_output, timestep, sample, *args, **kwargs)
-        recording.final = (result[0] if isinstance(result, tuple) else result.prev_sample).clone()
-        return result
-
-    hooks = [
-        backbone.register_forward_pre_hook(before, with_kwargs=True),
-        backbone.register_forward_hook(after, with_kwargs=True),
-    ]
-    pipeline.scheduler.step = step
-    try:
-        yield recording
-    finally:
-        for hook in hooks:
-            hook.remove()
-        del pipeline.scheduler.step  # the instance attribute; the class's method is seen again
+    argument: str  #: of its call
+    off: float
+    copies: int  #: in one call of the backbone
+    calls: int  #: of the backbone per step
+    conditional: int  #: which of the two answers is the conditional one
+    rule: str  #: how it combines them (``guidance.RULES``)
 
 
 class Teacher:
@@ -83,125 +54,187 @@ class Teacher:
 
     Args:
         pipeline: a loaded diffusers pipeline; its modules are put in eval mode and frozen.
+        call: further arguments of the pipeline's call, the same for every sample: ``height``, ``image``, ``prompt_embeds``, …
+        override: what cannot be inferred; the toolkit's own for the class (``overrides/``) if not given.
 
     Raises:
-        UserError: if the pipeline's backbone, schedule or call cannot be understood.
+        UserError: if the pipeline's backbone, schedule or call cannot be understood; it names the override to write.
     """
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
         self.pipeline = pipeline
-        self.backbone_name, self.backbone = _backbone(pipeline)
-        for component in pipeline.components.values():
+        self.override = override or find_override(None, type(pipeline).__name__)
+        components = getattr(pipeline, "components", {})
+        if not any(isinstance(c, nn.Module) for c in components.values()):
+            raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
+        for component in components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
         self._parameters = inspect.signature(pipeline.__call__).parameters
-        #: what the user conditions on: "prompt", "class_labels" or None
-        self.input_name = next((name for name in ("prompt", "class_labels") if self._takes(name)), None)
+        self.call = dict(self.override.call) | dict(call or {})
+        self.input_name = self._input_name()
+        self._placeholder = self.call.pop(self.input_name, PLACEHOLDER[self.input_name]) if self.input_name else None
+        if isinstance(self._placeholder, (list, tuple)):
+            self._placeholder = self._placeholder[0]
         try:
-            schedule, kind = from_scheduler(pipeline.scheduler)
+            self._probe()
+        except NotUnderstood as error:
+            raise UserError(
+                f"{type(pipeline).__name__} cannot be a teacher yet: {error}. If you know it, say it in an override: "
+                f"Override({error.field}=…), see distill/overrides"
+            ) from None
         except ValueError as error:
             raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
-        self._recorded = self._record([self.placeholder()], guidance=1.0)
-        call, self.sample_shape = self._understand(self._recorded)
-        self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
-        self.guidance_free = not self._takes("guidance_scale")
-        self._conditional_half = self._find_conditional_half()
 
-    # -- what was recorded ------------------------------------------------------------------------------------------
+    # -- probing ----------------------------------------------------------------------------------------------------
 
-    def _takes(self, name: str) -> bool:
-        if name == "class_labels" and getattr(self.backbone.config, "num_class_embeds", 1) is None:
-            return False
-        return name in self._parameters
+    def _input_name(self) -> str | None:
+        """What the user conditions on: "prompt", "class_labels" or None."""
+        if "prompt" in self._parameters and not any(k.startswith("prompt_embeds") for k in self.call):
+            return "prompt"
+        if "class_labels" in self._parameters and getattr(_config(self.pipeline), "num_class_embeds", 1) is not None:
+            unet = getattr(self.pipeline, "unet", None)
+            if unet is None or getattr(unet.config, "num_class_embeds", 1) is not None:
+                return "class_labels"
+        return None
 
     def placeholder(self) -> Any:
         """Some valid input: a prompt, a class, or None for an unconditional teacher."""
-        return {"prompt": "a photograph", "class_labels": 0, None: None}[self.input_name]
+        return self._placeholder
+
+    def _probe(self) -> None:
+        self._off = self._unguided()
+        one = self._run([self.placeholder()], self._off, compute=SEEN_STEPS, stop=_after_steps(SEEN_STEPS))
+        if not one.steps or not one.steps[0].calls:
+            raise NotUnderstood("its scheduler's step was never called", "scheduler")
+        self.backbone_name = self.override.network or one.steps[-1].calls[-1].network
+        self.backbone = networks(self.pipeline)[self.backbone_name]
+        others = {c.network for s in one.steps for c in s.calls[-1:]} - {self.backbone_name}
+        if others:
+            raise NotUnderstood(f"it denoises with {self.backbone_name} and {', '.join(sorted(others))}", "network")
+        self._template = one.steps[0].calls[-1].output
+        two = self._first_call([self.placeholder()] * 2, self._off)
+        longer = LONGER_PROMPT if self.input_name == "prompt" else self.placeholder()
+        other = self._first_call([longer], self._off) if self.input_name == "prompt" else None
+        known = {k: v for k in ("state",) if (v := getattr(self.override, k)) is not None}
+        self._understood = understand(self.backbone, self.backbone_name, one, two, other, known)
+        self._batched = two is not None
+        self._recorded = one
+        self.sample_shape = self._understood.sample_shape
+        schedule, kind = from_scheduler(one.scheduler)
+        self.guidance, embedded = self._find_guidance()
+        call = self._understood.call
+        if embedded is not None:
+            call = replace(call, embedded=embedded, constants={k: v for k, v in call.constants.items() if k != embedded[0]})
+            call = replace(call, layouts={k: v for k, v in call.layouts.items() if k != embedded[0]})
+            self._understood = replace(self._understood, call=call)
+        self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
+
+    def _unguided(self) -> dict[str, float]:
+        """The arguments that switch guidance off."""
+        if self.override.guidance is not None:
+            return {self.override.guidance: 1.0 if self.override.guidance_off is None else self.override.guidance_off}
+        return {name: 1.0 for name in GUIDANCE_NAMES if name in self._parameters}
+
+    def _run(
+        self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str] | None = None,
+        extra: Mapping[str, Any] | None = None, **settings: Any,
+    ) -> Recording:
+        """Run the pipeline's own call and record it."""
+        arguments: dict[str, Any] = dict(self.call) | dict(guidance) | dict(extra or {})
+        if "num_inference_steps" in self._parameters:
+            arguments["num_inference_steps"] = steps
+        if "generator" in self._parameters and "generator" not in arguments:
+            arguments["generator"] = torch.Generator().manual_seed(0)
+        if self.input_name is not None:
+            arguments[self.input_name] = list(inputs) if len(inputs) > 1 or self.input_name != "prompt" else inputs[0]
+        elif "batch_size" in self._parameters:
+            arguments["batch_size"] = len(inputs)
+        elif len(inputs) > 1:
+            count = next((n for n in self._parameters if n.startswith("num_") and n.endswith("_per_prompt")), None)
+            if count is None:
+                raise _CannotBatch
+            arguments[count] = len(inputs)
+        if negative is not None and "negative_prompt" in self._parameters and self.input_name == "prompt":
+            arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
+        with torch.no_grad(), record(self.pipeline, **settings) as recording:
+            try:
+                recording.result = self.pipeline(**arguments)
+            except Stop:
+                pass
+        return recording
+
+    def _first_call(self, inputs: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, **settings: Any) -> Recording | None:
+        """Everything up to the backbone's first calls; they are answered without being computed. None if the pipeline refuses."""
+        def enough(recording: Recording) -> bool:
+            return len(recording.first_calls(self.backbone_name)) >= calls or bool(recording.steps)
+
+        try:
+            return self._run(inputs, guidance, stop=enough, answers={self.backbone_name: self._answer}, **settings)
+        except Exception as error:
+            if len(inputs) > 1 or settings.get("tolerant"):
+                return None
+            raise error
+
+    def _answer(self, arguments: Mapping[str, Any]) -> Any:
+        """An answer of the right shape for any batch, without computing it."""
+        state = _leading(flatten(arguments, self._whole), self._state_path)
+        return pytree.tree_map(lambda v: v.repeat(math.ceil(state / len(v)), *(1,) * (v.dim() - 1))[:state] if isinstance(v, Tensor) and v.dim() else v, self._template)
+
+    @property
+    def _whole(self) -> tuple[str, ...]:
+        return self._understood.whole if hasattr(self, "_understood") else ()
+
+    @property
+    def _state_path(self) -> str | None:
+        return self._understood.call.state if hasattr(self, "_understood") else None
+
+    def _find_guidance(self) -> tuple[Guidance | None, tuple[str, Affine] | None]:
+        """How guidance is arranged; and the argument that takes the scale itself, where the backbone has one."""
+        embedded = None
+        for name, off in self._off.items():
+            found = self._run(
+                [self.placeholder()], self._off | {name: PROBE_GUIDANCE}, compute=1, stop=_after_steps(1), negative=[""],
+            )
+            if not found.steps:
+                continue
+            step = found.steps[0]
+            calls = [c for c in step.calls if c.network == self.backbone_name]
+            answers = [a for c in calls for a in self._answers(c, step)]
+            if len(answers) == 1:
+                embedded = embedded or self._find_embedded(name, off, calls[0])
+            elif len(answers) == 2:
+                rule = find_rule(answers, step.model_output, PROBE_GUIDANCE, 1e-4 if step.model_output.dtype == torch.float32 else 2e-2)
+                if rule is not None:
+                    return Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0]), embedded
+        return None, embedded
+
+    def _answers(self, call: NetworkCall, step: Step) -> list[Tensor]:
+        """The model outputs in one call's answer, one per copy of the batch."""
+        understood, batch = self._understood, len(step.sample)
+        copies = max(1, _rows(flatten(call.arguments, understood.whole)[understood.call.state]) // max(1, understood.call.layouts[understood.call.state].rows * batch))
+        if understood.copies > 1:
+            copies = max(copies, understood.copies)
+        parts = per_copy_answer(call.output, batch, copies)
+        leave, sign = understood.call.leave, understood.call.sign
+        return [sign * (leave(p) if leave is not None else p) for p in parts]
+
+    def _find_embedded(self, name: str, off: float, call: NetworkCall) -> tuple[str, Affine] | None:
+        plain = flatten(self._recorded.steps[0].calls[-1].arguments, self._understood.whole)
+        for path, value in flatten(call.arguments, self._understood.whole).items():
+            before = plain.get(path)
+            if path in (self._understood.call.state, self._understood.call.guidance) or path in self._understood.call.times:
+                continue
+            if isinstance(value, Tensor) and isinstance(before, Tensor) and value.numel() == 1 and before.numel() == 1 and float(value) != float(before):
+                scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)
+                return path, Affine(scale, float(before) - scale * off)
+        return None
+
+    # -- conditions -------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
-
-    @torch.no_grad()
-    def _record(
-        self, inputs: Sequence[Any], guidance: float | None, stop_after: int | None = None,
-        negative: Sequence[str] | None = None, **extra: Any,
-    ) -> Recording:
-        arguments: dict[str, Any] = {"num_inference_steps": PROBE_STEPS} | extra
-        if self.input_name is None:
-            arguments["batch_size"] = len(inputs)
-        else:
-            arguments[self.input_name] = list(inputs)
-        if guidance is not None and self._takes("guidance_scale"):
-            arguments["guidance_scale"] = guidance
-        if negative is not None and self._takes("negative_prompt"):
-            arguments["negative_prompt"] = list(negative)
-        # The images are not wanted: leave the decoder out where the pipeline can.
-        arguments["output_type"] = "latent" if getattr(self.pipeline, "vae", None) is not None else "pt"
-        with _recording(self.pipeline, self.backbone, stop_after) as recording:
-            try:
-                self.pipeline(**arguments)
-            except _Stop:
-                pass
-        if not recording.calls:
-            raise UserError(f"{type(self.pipeline).__name__} never called its {self.backbone_name}: it cannot be a teacher")
-        return recording
-
-    def _understand(self, recording: Recording) -> tuple[Call, tuple[int, ...]]:
-        """Which argument is the state and which the time, the time's unit, and what stays the same."""
-        first, *others = recording.calls  # some solvers visit a timestep twice: two calls would not do
-        changed = [
-            name for name, value in first.items()
-            if isinstance(value, Tensor) and any(not torch.equal(value.double(), torch.as_tensor(o[name]).double()) for o in others)
-        ]
-        tensors = sorted(changed, key=lambda name: first[name].numel())
-        if len(tensors) != 2 or first[tensors[0]].numel() != 1:
-            raise UserError(
-                f"the call of {type(self.backbone).__name__} was not understood: between two steps {changed} changed, "
-                "where one state and one time were expected"
-            )
-        time, state = tensors
-        recorded, timestep = float(first[time].reshape(-1)[0]), float(recording.timesteps[0].reshape(-1)[0])
-        scale = 1.0 if timestep == 0 else recorded / timestep
-        constants = {k: v for k, v in first.items() if k not in (state, time) and not _is_condition(v, len(first[state]))}
-        constants["return_dict"] = False
-        takes = inspect.signature(self.backbone.forward).parameters
-        width = getattr(self.backbone.config, "time_cond_proj_dim", None)
-        guidance = "timestep_cond" if "timestep_cond" in takes and width else None
-        if guidance:
-            constants.pop(guidance, None)
-        return Call(state, time, round(scale, 9), constants, guidance), tuple(first[state].shape[1:])
-
-    def _split(self, call: Mapping[str, Any], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The condition of one recorded call and, where the batch was doubled, the null condition."""
-        state = call[self.denoiser.call.state]
-        skip = {self.denoiser.call.state, self.denoiser.call.time, self.denoiser.call.guidance}
-        values = {k: v for k, v in call.items() if k not in skip and _is_condition(v, len(state))}
-        if len(state) == batch:
-            return values, None
-        if len(state) != 2 * batch:
-            raise UserError(f"guidance of {type(self.pipeline).__name__} was not understood: {len(state)} states for {batch} samples")
-        halves = {k: v.chunk(2) for k, v in values.items()}
-        c = self._conditional_half
-        return {k: h[c] for k, h in halves.items()}, {k: h[1 - c] for k, h in halves.items()}
-
-    def _find_conditional_half(self) -> int:
-        """0 or 1: the half of a guided call that equals the unguided one. Pipelines differ in the order."""
-        self._conditional_half = 1
-        if self.guidance_free or self.input_name is None:
-            return 1
-        probe = self.placeholder()
-        plain = self._split(self._recorded.calls[0], 1)[0]
-        guided, null = self._split(self._record([probe], 2.0, stop_after=1).calls[0], 1)
-        if null is None:
-            return 1
-        if all(torch.equal(guided[k], v) for k, v in plain.items()):
-            return 1
-        if all(torch.equal(null[k], v) for k, v in plain.items()):
-            return 0
-        raise UserError(f"neither half of a guided call of {type(self.pipeline).__name__} equals the unguided one")
-
-    # -- conditions -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def condition(self, inputs: Sequence[Any] | Tensor, negative: Sequence[str] | None = None) -> Condition:
@@ -210,41 +243,62 @@ class Teacher:
         The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
         the negative prompt (empty by default) or the null class.
         """
+        from distill.denoiser import cat
+
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
         if self.input_name is None:
-            return Condition()
-        guidance = None if self.guidance_free else 2.0
-        recording = self._record(entries, guidance, stop_after=1, negative=negative)
-        values, null = self._split(recording.calls[0], len(entries))
-        return Condition(values, null)
+            one = self._condition([None], None)
+            return one[[0] * len(entries)] if one.values else one
+        if self._batched:
+            return self._condition(entries, negative)
+        return cat([self._condition([e], None if negative is None else [negative[i]]) for i, e in enumerate(entries)])
+
+    def _condition(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
+        understood, guidance = self._understood, self.guidance
+        batch = len(entries)
+        if guidance is None:
+            recording = self._first_call(entries, self._off)
+            assert recording is not None
+            flat = flatten(recording.first_calls(self.backbone_name)[0].arguments, understood.whole)
+            return Condition(values_of(copies_of(flat, self._rows_of(understood.copies), understood.copies)[understood.kept], understood, batch))
+        told = self._off | {guidance.argument: PROBE_GUIDANCE}
+        recording = self._first_call(entries, told, guidance.calls, negative=negative if negative is not None else [""] * batch)
+        if recording is None:
+            raise UserError(f"{type(self.pipeline).__name__} refused these inputs")
+        singles = [
+            single for call in recording.first_calls(self.backbone_name)
+            for single in copies_of(flatten(call.arguments, understood.whole), self._rows_of(guidance.copies), guidance.copies)
+        ]
+        return Condition(values_of(singles[guidance.conditional], understood, batch), values_of(singles[1 - guidance.conditional], understood, batch))
+
+    def _rows_of(self, copies: int) -> Mapping[str, Layout]:
+        return self._understood.call.layouts
+
+    @property
+    def guidance_free(self) -> bool:
+        """Whether the pipeline has no classifier-free guidance."""
+        return self.guidance is None
 
     @property
     def has_null(self) -> bool:
         """Whether guidance is possible."""
-        return self.condition([self.placeholder()]).null is not None
+        return self.guidance is not None
 
     @property
     def classes(self) -> int | None:
         """Number of real classes of a class-conditional teacher (the null class not counted)."""
-        count = getattr(self.backbone.config, "num_class_embeds", None)
-        if self.input_name != "class_labels" or count is None:
+        if self.input_name != "class_labels":
             return None
+        count = next((int(c) for n in ("num_class_embeds", "num_embeds_ada_norm", "num_classes") if (c := self.backbone.config.get(n)) is not None), None)
         null = self.pipeline.config.get("null_class")
-        return count if null is None else count - 1
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the decoded images."""
-        channels, height, width = self.sample_shape
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is None:
-            return channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return vae.config.out_channels, height * factor, width * factor
+        return count if null is None or count is None else count - 1
 
     def guided(self, scale: float) -> Denoiser:
-        """The teacher under classifier-free guidance of the given scale (1: none)."""
-        return self.denoiser if scale == 1 else Guided(self.denoiser, scale)
+        """The teacher under guidance of the given scale, as the pipeline itself means it (1: none)."""
+        if self.guidance is None and self.denoiser.call.embedded is None:
+            return self.denoiser
+        rule = self.guidance.rule if self.guidance else "plain"
+        return Guided(self.denoiser, scale, rule)
 
     # -- sampling and images ----------------------------------------------------------------------------------------
 
@@ -253,6 +307,12 @@ class Teacher:
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
+
+    def scheduler(self, steps: int) -> Any:
+        """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
+        recording = self._first_call([self.placeholder()], self._off, steps=steps)
+        assert recording is not None
+        return recording.scheduler
 
     @torch.no_grad()
     def sample(
@@ -265,36 +325,70 @@ class Teacher:
             noise: unit-variance noise; the scheduler's ``init_noise_sigma`` is applied here.
             generator: for schedulers that draw noise at each step.
         """
-        scheduler = self.pipeline.scheduler
+        scheduler = self.scheduler(steps)
+        return self.drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+
+    @torch.no_grad()
+    def drive(self, scheduler: Any, condition: Condition, x: Tensor, guidance: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """The scheduler's own loop from x over its timesteps, with our ``Denoiser`` in the pipeline's place."""
         denoiser = self.guided(guidance)
-        scheduler.set_timesteps(steps, device=self.device)
-        x = noise * scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for timestep in scheduler.timesteps:
             t = self.denoiser.schedule.from_model_time(timestep)
-            prediction = denoiser.predict(scheduler.scale_model_input(x, timestep), t, condition)
-            x = scheduler.step(prediction.value, timestep, x, **extra).prev_sample
+            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+            prediction = denoiser.predict(scaled, t, condition)
+            x = scheduler.step(prediction.value, timestep, x, **extra, return_dict=False)[0]
         return x
+
+    @torch.no_grad()
+    def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
+        """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition."""
+        arguments = dict(self._off)
+        if self.guidance is not None:
+            arguments[self.guidance.argument] = guidance if guidance != 1.0 else self.guidance.off
+        own = torch.Generator().manual_seed(0)
+        seen: dict[str, Tensor] = {}
+
+        def stop(recording: Recording) -> bool:
+            if recording.calls and "state" not in seen and recording.calls[-1].network == self.backbone_name:
+                seen["state"] = own.get_state()  # what the pipeline draws after its initial noise, the scheduler draws
+            return bool(recording.steps) and len(recording.steps) >= len(recording.scheduler.timesteps)
+
+        theirs = self._run([self.placeholder()], arguments, steps=steps, stop=stop, negative=[""] if guidance != 1.0 else None, extra={"generator": own} if "generator" in self._parameters else None)
+        generator = torch.Generator()
+        if "state" in seen:
+            generator.set_state(seen["state"])
+        scheduler = self.scheduler(steps)
+        scale = guidance if guidance != 1.0 or self.guidance is None else self.guidance.off
+        mine = self.drive(scheduler, self.condition([self.placeholder()]), theirs.steps[0].sample, scale, generator)
+        return float((mine - theirs.steps[-1].result).abs().max()) / max(1.0, float(theirs.steps[-1].result.abs().max()))
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The pipeline's way from samples to its decoder, found by probing; None for pixel-space pipelines."""
+        if not any(hasattr(c, "decode") and isinstance(c, nn.Module) for c in self.pipeline.components.values()):
+            return None
+
+        def run(x0: Tensor) -> None:
+            self._run([self.placeholder()], self._off, answers={self.backbone_name: self._answer}, override=lambda step: x0)
+
+        return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Samples → images (batch, channels, height, width) in [0, 1]."""
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is not None:
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            x0 = vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
-        return (x0.float() / 2 + 0.5).clamp(0, 1)
+        decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (batch, channels, height, width) in [-1, 1] → x0 of the backbone's shape (a VAE's mean, scaled)."""
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is None:
-            return images
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return (latents - shift) * vae.config.scaling_factor
+        return images if self.autoencoder is None else self.autoencoder.encode(images)
+
+    @cached_property
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of the decoded images."""
+        return tuple(self.decode(torch.zeros(1, *self.sample_shape, device=self.device)).shape[1:])
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
@@ -307,12 +401,16 @@ class Teacher:
                 convention would train a student towards something that is not this teacher.
         """
         worst = 0.0
-        for call, output, timestep in zip(self._recorded.calls, self._recorded.outputs, self._recorded.timesteps, strict=False):
-            values, _ = self._split(call, 1)
-            t = self.denoiser.schedule.from_model_time(timestep.double())
-            mine = self.denoiser.predict(call[self.denoiser.call.state], t, Condition(values)).value
-            target = output[:, : mine.shape[1]]
-            worst = max(worst, float((mine - target).abs().max()) / max(1.0, float(target.abs().max())))
+        understood = self._understood
+        for step in self._recorded.steps:
+            call = [c for c in step.calls if c.network == self.backbone_name][-1]
+            single = copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, understood.copies)[understood.kept]
+            values = values_of(single, understood, len(step.sample))
+            t = self.denoiser.schedule.from_model_time(step.timestep.double())
+            off = next(iter(self._off.values()), 1.0)
+            told = Condition(values, guidance=torch.full((len(step.sample),), off, device=self.device) if understood.call.embedded else None)
+            mine = self.denoiser.predict(step.scaled, t, told).value
+            worst = max(worst, float((mine - step.model_output).abs().max()) / max(1.0, float(step.model_output.abs().max())))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -321,13 +419,24 @@ class Teacher:
         return worst
 
 
-def _is_condition(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+class _CannotBatch(Exception):
+    """This pipeline makes one sample per call."""
 
 
-def _backbone(pipeline: Any) -> tuple[str, nn.Module]:
-    for name in _BACKBONES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise UserError(f"{type(pipeline).__name__} has no backbone among {', '.join(_BACKBONES)}: it cannot be a teacher")
+def _after_steps(count: int) -> Any:
+    return lambda recording: len(recording.steps) >= count
+
+
+def _config(pipeline: Any) -> Any:
+    return getattr(pipeline, "config", None)
+
+
+def _rows(value: Any) -> int:
+    return len(value)
+
+
+def _leading(flat: Mapping[str, Any], path: str | None) -> int:
+    """The number of rows of a call."""
+    if path is not None:
+        return len(flat[path])
+    return max((len(v) for v in flat.values() if isinstance(v, Tensor) and v.dim() > 1), default=1)

@@ -89,7 +89,7 @@ class CondFirst(StableDiffusionPipeline):
 def test_the_conditional_half_is_found_not_assumed() -> None:
     usual, swapped = Teacher(tiny_stable_diffusion()), Teacher(tiny_stable_diffusion(cls=CondFirst))
     a, b = usual.condition(PROMPTS), swapped.condition(PROMPTS)
-    assert usual._conditional_half == 1 and swapped._conditional_half == 0
+    assert usual.guidance and usual.guidance.conditional == 1 and swapped.guidance and swapped.guidance.conditional == 0
     assert a.null is not None and b.null is not None
     torch.testing.assert_close(a.values["encoder_hidden_states"], b.values["encoder_hidden_states"])
     torch.testing.assert_close(a.null["encoder_hidden_states"], b.null["encoder_hidden_states"])

@@ -23,7 +23,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser, Guided
+from distill.denoiser import Condition, Denoiser
+from distill.guidance import Guided
 from distill.losses.metrics import METRICS, Metric
 from distill.methods.base import Batch, Method, Update
 from distill.roles import Roles

@@ -102,7 +102,7 @@ def latent_vae(channels: int = 4) -> AutoencoderKL:
     """Images of twice the latents' size."""
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=channels, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.06 if channels == 16 else None,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=None if channels == 4 else 0.06,
     )
 
 
@@ -135,6 +135,21 @@ def flux_transformer(seed: int = 0, guidance: bool = False) -> Any:
     )
 
 
+def tiny_flux(shift: float = 1.0, seed: int = 0) -> Any:
+    """A FluxPipeline: packed latents, 16×16 images. Call it with ``max_sequence_length=16``."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import T5Config, T5EncoderModel
+
+    transformer, words = flux_transformer(seed), tokenizer()
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    pipeline = FluxPipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=shift), vae=latent_vae(1), text_encoder=clip_text(words),
+        tokenizer=words, text_encoder_2=t5, tokenizer_2=words,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def tiny_dit(seed: int = 0) -> Any:
     """A DiTPipeline: class-conditional, learned variance, 16×16 images."""
     from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -148,14 +163,14 @@ def tiny_dit(seed: int = 0) -> Any:
     return pipeline
 
 
-def tiny_student(pipeline: Any, times: Any = None, steps: int = 4, lora: Any = None, **sampler: Any) -> Any:
+def tiny_student(pipeline: Any, times: Any = None, steps: int = 4, lora: Any = None, call: Any = None, **sampler: Any) -> Any:
     """A student of the pipeline, as if trained: on an even ladder, unless times are given."""
     from distill.roles import build_roles
     from distill.sampling import Sampler, uniform_ladder
     from distill.student import Student
     from distill.teacher import Teacher
 
-    teacher = Teacher(pipeline)
+    teacher = Teacher(pipeline, call) if call else Teacher(pipeline)
     roles, adapters = build_roles(teacher, ["student", "critic"], lora, 32 if "guidance_range" in sampler else 0)
     perturb(roles.parameters("student"), 0.02)
     perturb(roles.parameters("critic"), 0.3, seed=5)

@@ -61,8 +61,11 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
         attempts.append((steps_of_call, bare))
     for steps, arguments in attempts:
         trace = Trace()
-        with seeded() as generator, watching(pipeline, steps, trace, made_up=False), quiet():
-            images = as_images(pipeline(**arguments, generator=generator))
+        try:
+            with seeded() as generator, watching(pipeline, steps, trace, made_up=False), quiet():
+                images = as_images(pipeline(**arguments, generator=generator))
+        except Exception as error:  # whatever a pipeline may raise
+            raise UserError(f"{what} cannot be called: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}: not written") from error
         if trace.noise is None:
             raise UserError(f"{what} never used its scheduler: not written")
         with resumed(trace) as fresh:

@@ -39,8 +39,12 @@ def plain_call(student: Student, pipeline: Any) -> dict[str, Any]:
 
 
 def probe_inputs(student: Student) -> list[Any]:
-    """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once."""
-    several = getattr(student.teacher, "_batched", True) and takes(student.teacher.pipeline, student.teacher.input_name or "batch_size")
+    """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once (and the teacher's
+    fixed arguments are no tensors or images for one sample)."""
+    teacher = student.teacher
+    fixed = (getattr(teacher, "call", None) or {}).values()
+    several = getattr(teacher, "_batched", True) and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed)
+    several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")
     return [student.teacher.placeholder()] * (2 if several else 1)
 
 

@@ -19,9 +19,12 @@ def call_code(student: Student, arguments: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
+    """A value as source; images, tensors and the like are left to the reader."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return "[" + ", ".join(_shown(v) for v in value) + "]" if isinstance(value, (list, tuple)) else repr(value)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_shown(v) for v in value) + "]"
+    return repr(value) if isinstance(value, (bool, int, str, type(None))) else "…"
 
 
 def seed_note(generator_used: bool, gamma: float, steps: int) -> str:

@@ -22,7 +22,7 @@ from distill.resources import find, resource
 #: that no code from the folder runs.
 SHIPPED_PIPELINES = {"UNet2DPipeline": "unet2d"}
 FACTS = "distill.json"  #: what an export says of itself
-FEW_STEP_FILE = "pipeline.py"  #: of an export; diffusers looks for a folder's ``custom_pipeline`` under this name
+FEW_STEP_FILE = "pipeline.py"  #: of an export, loaded with ``custom_pipeline="pipeline"``
 
 
 def shipped_pipeline(class_name: str) -> type:
@@ -126,7 +126,7 @@ def load_pipeline(
         if class_name in SHIPPED_PIPELINES and not few_step:
             shipped = str(class_name)
         elif (few_step or class_name == "FewStepPipeline") and (trust_remote_code or _is_our_few_step(path)):
-            arguments |= {"custom_pipeline": str(path), "trust_remote_code": True}
+            arguments |= {"custom_pipeline": Path(FEW_STEP_FILE).stem, "trust_remote_code": True}
         elif few_step:
             raise UserError(f"{name} holds no {FEW_STEP_FILE} of this version of distill: export the student again")
         elif not trust_remote_code and not hasattr(diffusers, str(class_name)):

@@ -48,7 +48,7 @@ def model_card(
         f"# {title}",
         f"A {'LoRA' if lora else 'student'} distilled from `{teacher_name}` with `{method}` by distill {__version__}.",
         f"- **Steps**: {steps}\n- **Guidance**: {guidance}\n- **Negative prompts**: ignored\n"
-        f"- **Sampler**: the stored scheduler; it re-noises at t = {times} of the teacher's schedule",
+        f"- **Sampler**: t = {times} of the teacher's schedule; {_noise(sampler.gamma)}",
         "## Load it\n```python\n" + load.strip() + "\n```",
     ]
     if also is not None:
@@ -56,6 +56,12 @@ def model_card(
     if metrics:
         lines.append("## Measured\n" + markdown(metrics).strip())
     return "\n\n".join(lines) + "\n"
+
+
+def _noise(gamma: float) -> str:
+    if gamma in (0.0, 1.0):
+        return "fresh noise at each" if gamma else "no fresh noise: the steps follow the ODE"
+    return f"a share of {gamma:g} of the noise is fresh at each"
 
 
 def license_of(pipeline_folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """A few-step student in the class of its teacher: `pipe(prompt)` is right with no further argument. Needs diffusers alone.
 
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)  # runs this file
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)  # runs this file
     image = pipe("a red apple").images[0]
 
 The times that the student was trained for, its number of steps and its guidance are written below, whatever they are: no

@@ -53,7 +53,7 @@ def call_arguments(student: Student, pipeline: Any, inputs: Sequence[Any], steps
     name = student.teacher.input_name
     what: dict[str, Any] = {}
     if name is not None:
-        what[name] = list(inputs)
+        what[name] = inputs[0] if name == "prompt" and len(inputs) == 1 else list(inputs)  # some take one prompt only
     elif takes(pipeline, "batch_size"):
         what["batch_size"] = len(inputs)
     settings = {"num_inference_steps": steps, "output_type": "np"}

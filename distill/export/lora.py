@@ -16,7 +16,7 @@ from distill.export.calls import Plain, call_guidance, plain_call
 from distill.export.files import write_facts, writing
 from distill.export.proof import absent, prove
 from distill.export.schedulers import NoStockScheduler, Stock, choose
-from distill.loading import quiet
+from distill.loading import FEW_STEP_FILE, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
 from distill.student import Student
@@ -162,13 +162,16 @@ def _prove(student: Student, folder: Path, pipeline: Any, form: str, layers: dic
 
 def _load_code(student: Student, folder: Path, teacher_name: str, form: str, stock: Stock | None, code: bool) -> str:
     path, name, sampler = folder.as_posix(), student.teacher.backbone_name, student.sampler
-    few = "" if stock is not None else f', custom_pipeline="{path}"'
+    few = "" if stock is not None or code else f', custom_pipeline="{path}"'
     trust = ", trust_remote_code=True)  # runs the pipeline's file, which lies there" if code or few else ")"
     lines = ["from diffusers import DiffusionPipeline" + (f", {type(stock.scheduler).__name__}" if stock else ""), "", ]
     if form == "peft":
         lines[1:1] = ["from peft import PeftModel"]
     none = "".join(f", {name}=None" for name in absent(student.teacher.pipeline))
     lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{few}{trust}')
+    if stock is None and code:  # a teacher with a class of its own: diffusers loads no other on top of it
+        lines[1:1] = ["from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module"]
+        lines.append(f'pipe = get_class_from_dynamic_module("{path}", module_file="{FEW_STEP_FILE}", trust_remote_code=True).from_pipe(pipe)')
     if form == "peft":
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{path}").merge_and_unload()')
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from distill.export.calls import Plain, call_arguments, call_guidance, probe_inputs
 from distill.export.rehearsal import Trace, resumed, seeded, watching
-from distill.loading import quiet
+from distill.loading import FEW_STEP_FILE, quiet
 from distill.student import Student
 
 TOLERANCE = 1e-4  #: largest difference of images in [0, 1] between the exported student and ours, in float32
@@ -32,7 +32,7 @@ def reload(folder: Path, written: Any, student: Student, *, changed: tuple[str, 
     kept: dict[str, Any] = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
     kept |= {name: None for name in absent(written)}
     extra: dict[str, Any] = {"trust_remote_code": True} if code or few_step else {}
-    extra |= {"custom_pipeline": str(folder)} if few_step else {}
+    extra |= {"custom_pipeline": Path(FEW_STEP_FILE).stem} if few_step else {}
     extra |= {"variant": variant} if variant else {}
     try:
         with quiet():

@@ -52,7 +52,7 @@ def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | No
     variant = "".join(f", {name}=None" for name in absent(pipeline))
     variant += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     path = folder.as_posix()
-    custom = "" if named else f', custom_pipeline="{path}"'
+    custom = "" if named else ', custom_pipeline="pipeline"'
     return (
         ("import torch\n" if dtype else "") + "from diffusers import DiffusionPipeline\n\n# pipeline.py lies in the folder and is run: read it first\n"
         f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'

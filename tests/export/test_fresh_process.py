@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_dit, tiny_sd3, tiny_stable_diffusion, tiny_student, tiny_unet2d
 
-from distill.export import Format, export_diffusers, export_few_step, export_lora
+from distill.export import Format, carry_code, export_diffusers, export_few_step, export_lora
 from distill.roles import LoRA
 
 FACTS: dict[str, Any] = {"method": "dmd2", "teacher_name": "owner/teacher"}
@@ -92,10 +92,19 @@ def test_everything_loads_in_a_fresh_process(tmp_path: Path) -> None:
     export_few_step(digits, tmp_path / "digits-student", **FACTS)
     expected["digits"] = ours(digits, [3, 4], 3)
 
-    fresh(tmp_path, """
+    adapted = tiny_student(tiny_unet2d(), (1.0, 0.4), 2, lora=ADAPTER)
+    tiny_unet2d().save_pretrained(tmp_path / "digits")
+    carry_code(tmp_path / "digits", "UNet2DPipeline")
+    export_lora(adapted, tmp_path / "digits-lora", **(FACTS | {"teacher_name": "digits"}))
+    expected["digits-lora"] = ours(adapted, [3, 4], 2)
+    card = (tmp_path / "digits-lora" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    few = card.replace(str(tmp_path) + "/", "").replace("image = ", "# ")
+
+    fresh(tmp_path, few + textwrap.dedent("""
+    save("digits-lora", pipe, [3, 4])
     prompts = ["a red apple", "a blue car"]
     save("sd-stock", load("sd-student"), prompts, num_inference_steps=4, guidance_scale=1.0)
-    save("sd-few", load("sd-student", custom_pipeline="sd-student", trust_remote_code=True), prompts)
+    save("sd-few", load("sd-student", custom_pipeline="pipeline", trust_remote_code=True), prompts)
     for kind in ("lora", "kohya"):
         pipe = load("sd")
         pipe.load_lora_weights("sd-" + kind)
@@ -108,12 +117,12 @@ def test_everything_loads_in_a_fresh_process(tmp_path: Path) -> None:
 
     none = {"text_encoder_3": None, "tokenizer_3": None}
     save("sd3-stock", load("sd3-student", **none), prompts, num_inference_steps=1, sigmas=[1.0], guidance_scale=1.0)
-    save("sd3-few", load("sd3-student", custom_pipeline="sd3-student", trust_remote_code=True, **none), prompts)
+    save("sd3-few", load("sd3-student", custom_pipeline="pipeline", trust_remote_code=True, **none), prompts)
     pipe = load("sd3", **none)
     pipe.load_lora_weights("sd3-lora")
     save("sd3-lora", scheduler(pipe, "sd3-lora"), prompts, num_inference_steps=1, sigmas=[1.0], guidance_scale=1.0)
     save("digits", load("digits-student", trust_remote_code=True), [3, 4])
-    """)
+    """))
     for name, images in expected.items():
         assert images.std() > 0.01, name
         assert np.abs(np.load(tmp_path / f"{name}.npy") - images).max() <= 1e-4, name
@@ -167,7 +176,7 @@ def test_a_private_pipeline_travels_with_its_code(tmp_path: Path, monkeypatch: p
     assert index["_class_name"] == ["warm_private", "WarmPipeline"] and index["unet"] == ["warm_private", "WarmUNet"]
     fresh(tmp_path / "exported", """
     save("stock", load("student", trust_remote_code=True), [1, 2], num_inference_steps=2)
-    save("few", load("student", custom_pipeline="student", trust_remote_code=True), [1, 2])
+    save("few", load("student", custom_pipeline="pipeline", trust_remote_code=True), [1, 2])
     """)
     for name in ("stock", "few"):
         assert np.abs(np.load(tmp_path / "exported" / f"{name}.npy") - ours(student, [1, 2], 2)).max() <= 1e-4

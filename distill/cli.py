@@ -82,8 +82,15 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a run's student as a diffusers folder or a LoRA")
     export.add_argument("path", type=Path, help="run folder")
-    export.add_argument("--to", choices=("diffusers", "lora"), default="diffusers")
-    export.add_argument("--out", type=Path, help="folder to write; RUN/student or RUN/lora if not given")
+    export.add_argument(
+        "--to", choices=("diffusers", "few-step", "lora", "lora-kohya"), default="diffusers",
+        help="the teacher's own pipeline class; a class in the folder that needs no arguments; the adapter alone, in diffusers' or kohya's names",
+    )
+    export.add_argument("--out", type=Path, help="folder to write; RUN/student, RUN/few-step, RUN/lora or RUN/lora-kohya if not given")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="largest size of one weight file, such as 5GB; diffusers' own default if not given")
+    export.add_argument("--variant", choices=("fp16", "bf16"), help="write the weights in half precision, to be loaded with variant=")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to a hub repository afterwards; asks first")
+    export.add_argument("--yes", action="store_true", help="do not ask before --push uploads")
     export.set_defaults(run=_export)
 
     verify = commands.add_parser("verify", help="check methods against closed forms, with the ablations that must fail")
@@ -170,7 +177,7 @@ def _eval(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from distill.commands import export
 
-    return export(options.path, options.to, options.out)
+    return export(options)
 
 
 def _teachers(options: argparse.Namespace) -> int:

@@ -24,7 +24,8 @@ REST = "#rest"  #: the condition that fills what the sample leaves free in the s
 class Layout:
     """How the entries of the samples lie in one argument.
 
-    ``stacked``: along ``axis``, ``rows`` of them per sample. ``listed``: in a list, one entry (or several) per sample.
+    ``stacked``: along ``axis``, ``rows`` of them per sample. ``listed``: in a list, one entry (or several) per sample;
+    ``nested``: in a list of lists of one entry.
     ``shared``: one value for the whole call, which must be the same for all of its samples.
     """
 
@@ -36,10 +37,14 @@ class Layout:
         """One entry per sample: a (batch, ...) tensor, or a list."""
         if self.kind == "shared":
             return [value] * batch
+        if self.kind == "nested":
+            return [entry[0] for entry in value]
         if self.kind == "listed":
             entries = [value[i * self.rows : (i + 1) * self.rows] for i in range(batch)]
             return [e[0] for e in entries] if self.rows == 1 else entries
         value = value.movedim(self.axis, 0)
+        if len(value) == self.rows and batch > 1:  # a fixed argument of the pipeline's call, the same for all
+            value = value.repeat(batch, *(1,) * (value.dim() - 1))
         return value if self.rows == 1 else value.reshape(batch, self.rows, *value.shape[1:])
 
     def join(self, entries: Tensor | list[Any]) -> Any:
@@ -52,6 +57,8 @@ class Layout:
             if any(not same(entries[0], e) for e in entries[1:]):
                 raise ValueError("these samples cannot share a call: their conditions have different lengths")
             return entries[0]
+        if self.kind == "nested":
+            return [[entry] for entry in entries]
         if self.kind == "listed":
             return list(entries) if self.rows == 1 else [e for several in entries for e in several]
         assert isinstance(entries, Tensor)
@@ -104,7 +111,7 @@ class Call:
                 layout = self.layouts.get(path, Layout())
                 flat[path] = layout.join(cast(entries) if isinstance(entries, Tensor) else [cast(e) for e in entries])
         layout = self.layouts.get(self.state, Layout())
-        flat[self.state] = layout.join(list(state) if layout.kind == "listed" else state)
+        flat[self.state] = layout.join(state if layout.kind == "stacked" else list(state))
         for path, affine in self.times.items():
             layout = self.layouts.get(path, Layout())
             value = affine(time).float()

@@ -104,7 +104,9 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     settings: dict[str, Any] = {"stop": before_calls(1, network), "answers": {network: repeated(template, (), None)}}
     two = _tolerant(runner, [runner.placeholder] * 2, off, **settings)
     other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
-    understood = understand(backbone, network, one, two, other, {"state": override.state} if override.state else {})
+    if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
+        two = None
+    understood = understand(backbone, network, one, two, other, override)
     companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
     schedule, kind = from_scheduler(one.scheduler)
     understood = understand_answer(understood, backbone, network, one, schedule, kind)
@@ -128,6 +130,13 @@ def _tolerant(runner: Runner, inputs: Sequence[Any], off: dict[str, float], **se
         return None
 
 
+def _multiplies(one: NetworkCall, two: NetworkCall) -> bool:
+    """Whether some argument for two inputs is four times that for one: such pipelines (Würstchen's) repeat each prompt by the
+    number of prompts, and are asked one by one."""
+    a, b = flatten(one.arguments), flatten(two.arguments)
+    return any(isinstance(v, Tensor) and v.dim() > 1 and isinstance(b.get(k), Tensor) and len(b[k]) == 4 * len(v) for k, v in a.items())
+
+
 def _find_companions(
     pipeline: Any, understood: Understanding, network: str, backbone: nn.Module, one: Recording, two: Recording | None, other: Recording | None,
 ) -> tuple[tuple[Companion, Understanding], ...]:
@@ -140,7 +149,7 @@ def _find_companions(
         feeds = feeding(missing, flat, call) if call.network != network and call.output is not None else {}
         if feeds:
             module = networks(pipeline)[call.network]
-            its = understand(module, call.network, one, two, other, {})
+            its = understand(module, call.network, one, two, other, Override())
             if its.unexplained:
                 raise NotUnderstood(f"argument {its.unexplained[0]!r} of {type(module).__name__} changes from step to step", "network")
             found.append((Companion(call.network, module, its.call, feeds), its))
@@ -198,7 +207,12 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
             layouts[path] = Layout("stacked", 0, len(value))
         elif len(guided) == 2 and any(not same(value, g) for g in guided):
             layouts[path] = Layout("shared")
-    constants = {k: v for k, v in convention.constants.items() if k not in layouts}
+    known = {convention.state, convention.guidance, *convention.times, *layouts, *convention.constants}
+    copies = 2 // len(calls)
+    for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
+        if path not in known and isinstance(value, Tensor):
+            layouts[path] = Layout("stacked", 0, max(1, len(value) // copies)) if value.dim() and len(value) % copies == 0 else Layout("shared")
+    constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith(f"{k}.") for path in layouts)}
     return _with_call(found, layouts=layouts, constants=constants)
 
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from distill.arrangement import Arrangement, View, find_inside, find_part
 from distill.call import REST, Affine, Call, Layout, first_tensor, flatten, same
+from distill.overrides import Override
 from distill.recording import NetworkCall, Recording, Step
 from distill.schedule import KINDS, Kind, NoiseSchedule
 
@@ -47,20 +48,21 @@ class Understanding:
 
 
 def understand(
-    backbone: nn.Module, network: str, one: Recording, two: Recording | None, other: Recording | None, known: Mapping[str, str],
+    backbone: nn.Module, network: str, one: Recording, two: Recording | None, other: Recording | None, override: Override,
 ) -> Understanding:
     """The calling convention.
 
     Args:
         one: a few computed steps of one sample. two: the first call for two samples (None where that is impossible).
         other: the first call of another prompt, longer than that of ``one``.
-        known: what an override says: "state" and "time", the names of arguments.
+        override: what is known of it: the argument that takes the state, arguments that are to be constant.
     """
     steps = one.steps_of(network)
     layouts, whole = _layouts(steps[0], two, other, network)
     flats = [flatten(_calls(s, network)[-1].arguments, whole) for s in steps]
-    changed = [path for path in flats[0] if any(not same(flats[0][path], f.get(path)) for f in flats[1:])]
-    state, enter, copies = _state(flats, steps, layouts, [known["state"]] if "state" in known else changed, backbone, changed)
+    fixed = {k: v for k, v in override.constants.items() if k in flats[0]}
+    changed = [path for path in flats[0] if path not in fixed and any(not same(flats[0][path], f.get(path)) for f in flats[1:])]
+    state, enter, copies = _state(flats, steps, layouts, [override.state] if override.state else changed, backbone, changed)
     layouts[state] = _per_copy(layouts.get(state, Layout()), copies)
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
@@ -80,7 +82,7 @@ def understand(
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
     dynamic = {state, guidance, *times, *layouts, *unexplained}
     layouts = {k: v for k, v in layouts.items() if k not in unexplained}
-    constants = {k: v for k, v in flats[0].items() if k not in dynamic}
+    constants = {k: v for k, v in flats[0].items() if k not in dynamic} | fixed
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
     plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
@@ -144,7 +146,8 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
         elif type(x) in (list, tuple) and x:
             doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
             if doubled or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
-                layouts[path] = Layout("listed", 0, len(x) // size)
+                nested = all(isinstance(e, (list, tuple)) and len(e) == 1 and isinstance(e[0], Tensor) for e in x)
+                layouts[path] = Layout("nested" if nested else "listed", 0, len(x) // size)
                 whole.append(path)
             else:
                 left, right = "[]" if isinstance(x, list) else "()"
@@ -179,7 +182,7 @@ def copies_of(arguments: Mapping[str, Any], layouts: Mapping[str, Layout], copie
         for i, single in enumerate(singles):
             if layout is None or layout.kind == "shared" or (isinstance(value, Tensor) and not value.dim()):
                 single[path] = value
-            elif layout.kind == "listed":
+            elif layout.kind in ("listed", "nested"):
                 n = len(value) // copies
                 single[path] = value[i * n : (i + 1) * n]
             else:
@@ -235,8 +238,8 @@ def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], 
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value))
         layout = layouts.get(path)
-        if layout is not None and layout.kind == "listed":
-            value = torch.as_tensor(value[0])
+        if layout is not None and layout.kind in ("listed", "nested"):
+            value = torch.as_tensor(layout.split(value, len(value))[0])
         if not isinstance(value, Tensor):
             return None
         if layout is not None and layout.kind == "stacked":

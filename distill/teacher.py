@@ -141,7 +141,8 @@ class Teacher:
     def _plain_condition(self, entries: list[Any]) -> Condition:
         """As the pipeline encodes without guidance: no null condition."""
         found = self._found
-        return Condition(self._values(self._first_calls(entries, found.off), found.understood.copies, len(entries))[found.understood.kept])
+        recording = self._first_calls(entries, found.off, negative=[self._runner.negative] * len(entries))
+        return Condition(self._values(recording, found.understood.copies, len(entries))[found.understood.kept])
 
     def _first_calls(
         self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,

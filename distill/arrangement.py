@@ -43,12 +43,13 @@ class Part(Arrangement):
     """A slice of the source: channels of a learnt variance, tokens of a reference image are left out."""
 
     dim: int  #: counted with the batch
-    start: int
+    start: int  #: from the end, if negative: behind text of any length
     length: int
     shape: Shape
 
     def __call__(self, x: Tensor, rest: Tensor | None = None) -> Tensor:
-        return x.narrow(self.dim, self.start, self.length).reshape(len(x), *self.shape)
+        start = self.start if self.start >= 0 else x.shape[self.dim] + self.start
+        return x.narrow(self.dim, start, self.length).reshape(len(x), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def find_part(source: Tensor, target: Tensor) -> Arrangement | None:
         size, room = view.shape[dim], source.shape[dim]
         for start in range(room - size + 1):
             if torch.equal(source.narrow(dim, start, size), view):
-                return Part(dim, start, size, tuple(target.shape[1:]))
+                return Part(dim, start if start + size < room else -size, size, tuple(target.shape[1:]))
     index = _match(source.flatten(), target.flatten())
     return None if index is None or bool((index < 0).any()) else Gather(index, tuple(target.shape[1:]))
 

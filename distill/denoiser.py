@@ -145,6 +145,10 @@ class Prediction:
         return self.as_kind("v")
 
     @property
+    def f(self) -> Tensor:
+        return self.as_kind("f")
+
+    @property
     def velocity(self) -> Tensor:
         return self.as_kind("velocity")
 

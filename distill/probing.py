@@ -95,7 +95,9 @@ def one_sample(sample: Tensor) -> Tensor:
     return sample if len(sample) == 1 else sample.unsqueeze(0)
 
 
-def understand_answer(found: Understanding, backbone: nn.Module, network: str, one: Recording, schedule: NoiseSchedule, kind: Kind) -> Understanding:
+def understand_answer(
+    found: Understanding, backbone: nn.Module, network: str, one: Recording, schedule: NoiseSchedule, kind: Kind, override: Override,
+) -> Understanding:
     """With where the model output lies in the backbone's answer, with which sign, and what it predicts: the scheduler's own
     kind, or one that the pipeline converts to it.
 
@@ -103,6 +105,8 @@ def understand_answer(found: Understanding, backbone: nn.Module, network: str, o
         NotUnderstood: if the scheduler is given something else.
     """
     steps = one.steps_of(network)
+    if override.constants:  # the recorded calls had other ones
+        steps = steps[:1]
     as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
     if as_given is not None:
         return as_given
@@ -186,7 +190,8 @@ def copies_of(arguments: Mapping[str, Any], layouts: Mapping[str, Layout], copie
                 n = len(value) // copies
                 single[path] = value[i * n : (i + 1) * n]
             else:
-                single[path] = value.chunk(copies, layout.axis)[i]
+                parts = value.chunk(copies, layout.axis)
+                single[path] = parts[i] if len(parts) == copies else value  # not doubled with the rest
     return singles
 
 

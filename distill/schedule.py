@@ -3,6 +3,7 @@
     x_t = alpha(t) x0 + sigma(t) noise,      t = 0: data,  t = 1: the noisiest point of the schedule
     eps      = the noise                     v        = alpha noise − sigma x0
     velocity = dx_t/dt = alpha' x0 + sigma' noise        score = ∇ log p_t(x_t) = −noise / sigma
+    f        = −v, the raw output of EDM's preconditioned networks
 
 All coefficients and conversions are computed in float64, whatever the network's precision: at the ends of the schedule
 a conversion divides by a small alpha or sigma, and float32 would lose there what the network knew.
@@ -17,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["x0", "eps", "v", "velocity", "score"]
+Kind = Literal["x0", "eps", "v", "velocity", "score", "f"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -43,6 +44,8 @@ class NoiseSchedule(ABC):
     train_steps: int = 1000
     #: standard deviation of the noise that sampling starts from
     initial_scale: float = 1.0
+    #: x0 times this is what the pipeline itself calls a sample
+    data_scale: float = 1.0
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +107,10 @@ class NoiseSchedule(ABC):
         """
         if source == target:
             return double(value)
+        if source == "f":
+            return self.convert(-value, x_t, t, "v", target)
+        if target == "f":
+            return -self.convert(value, x_t, t, source, "v")
         t = double(t.to(x_t.device))
         alpha, sigma = (expand_to(c, x_t) for c in self.alpha_sigma(t))
         value, x_t = double(value), double(x_t)
@@ -224,6 +231,38 @@ class EDM(NoiseSchedule):
         return ((4 * double(time)).exp() ** (1 / self.rho) - self.low) / (self.high - self.low)
 
 
+class PreconditionedEDM(EDM):
+    """EDM as its networks see it: x_t = c_in (x0 + sigma noise), with x0 in units of the data's deviation sigma_data.
+
+    c_in = 1/√(sigma² + sigma_data²) makes this variance preserving, with alpha = sigma_data c_in and the noise's factor
+    sigma c_in, and the network's raw output F is −v: D/sigma_data = c_skip … + c_out F (Karras et al. 2022, eq. 7 and table 1)
+    = alpha x_t + sigma F.
+
+    Args:
+        time_scale: the backbone sees this times ln(sigma).
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, rho: float, sigma_data: float, time_scale: float = 0.25) -> None:
+        super().__init__(sigma_min, sigma_max, rho)
+        self.initial_scale, self.data_scale, self.time_scale = 1.0, sigma_data, time_scale
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = super().alpha_sigma(t)[1] / self.data_scale
+        alpha = (1 + ratio**2).rsqrt()
+        return alpha, ratio * alpha
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        ratio, slope = super().alpha_sigma(t)[1] / self.data_scale, super().derivatives(t)[1] / self.data_scale
+        alpha = (1 + ratio**2).rsqrt()
+        return -ratio * slope * alpha**3, slope * alpha**3
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return super().alpha_sigma(t)[1].log() * self.time_scale
+
+    def from_model_time(self, time: Tensor) -> Tensor:
+        return super().from_model_time(double(time) / self.time_scale / 4)
+
+
 class CosineVP(NoiseSchedule):
     """The variance-preserving schedule alpha = cos(πt/2), sigma = sin(πt/2) (TrigFlow's circle, zero terminal SNR)."""
 
@@ -286,6 +325,12 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     """
     config = scheduler.config
     name = type(scheduler).__name__
+    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler"):
+        if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {config.prediction_type!r} of {name} is not supported")
+        kind: Kind = "v" if config.get("prediction_type") == "v_prediction" else "f"
+        time_scale = 250.0 if name.startswith("CM") else 0.25
+        return PreconditionedEDM(config.sigma_min, config.sigma_max, config.get("rho", 7.0), config.sigma_data, time_scale), kind
     if name == "DDPMWuerstchenScheduler":
         return OffsetCosineVP(float(config.s)), "eps"
     if name == "IPNDMScheduler":

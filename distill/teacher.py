@@ -194,7 +194,8 @@ class Teacher:
             generator: for schedulers that draw noise at each step.
         """
         scheduler = self.scheduler(steps)
-        return self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+        x = self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+        return x / self.denoiser.schedule.data_scale
 
     @torch.no_grad()
     def _drive(
@@ -240,6 +241,7 @@ class Teacher:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Samples → images (batch, channels, height, width) in [0, 1]."""
+        x0 = x0 * self.denoiser.schedule.data_scale
         decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
@@ -247,7 +249,8 @@ class Teacher:
     def encode(self, images: Tensor) -> Tensor:
         """Images (batch, channels, height, width) in [-1, 1] → x0 of the sample's shape (a VAE's mean, as the pipeline scales
         and lays it out)."""
-        return images if self.autoencoder is None else self.autoencoder.encode(images)
+        x0 = images if self.autoencoder is None else self.autoencoder.encode(images)
+        return x0 / self.denoiser.schedule.data_scale
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:

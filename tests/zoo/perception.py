@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers import HeunDiscreteScheduler, PriorTransformer
 from diffusers.pipelines.shap_e.renderer import ShapERenderer
 from tiny import vp_scheduler
@@ -22,6 +23,7 @@ for _name, _targets in (("MarigoldDepthPipeline", 1), ("MarigoldNormalsPipeline"
 
 def _shap_e(tokens: int, **prior: Any) -> dict[str, Any]:
     """A prior over the weights of a small radiance field: 32 tokens of eight numbers."""
+    torch.manual_seed(3)  # a field that is seen from the cameras
     renderer = ShapERenderer(param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=8, d_hidden=8, n_output=12, background=(0.1, 0.1, 0.1))
     renderer.decode_to_image = partial(renderer.decode_to_image, ray_batch_size=20 * 8 * 8, n_coarse_samples=4, n_fine_samples=4)  # all 20 views at once
     return {

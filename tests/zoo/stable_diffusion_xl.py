@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import ControlNetUnionModel, ControlNetXSAdapter, EulerDiscreteScheduler
 from tiny import vp_scheduler
 
-from zoo.core import PROMPT, add, assemble, case, tiny_clip_text, tiny_clip_tokenizer, tiny_image
+from zoo.core import PROMPT, UNBUILDABLE, add, assemble, case, tensor, tiny_clip_text, tiny_clip_tokenizer, tiny_image
 from zoo.stable_diffusion import CONTROL, CONTROL_EDIT, CONTROL_PAINT, EDIT, PAINT, SQUARE, TEXT, adapter, controlnet, sde_dpm
 from zoo.stable_diffusion import parts as stable_diffusion_parts
 
@@ -99,3 +99,16 @@ def LEditsPPPipelineStableDiffusionXL() -> Any:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.invert(image=tiny_image(32), num_inversion_steps=4, skip=0.25)
     return pipeline
+
+
+# Kolors: one large language model (GLM, with a tokenizer of its own: given here by its embeddings)
+
+EMBEDS = {
+    "prompt_embeds": lambda: tensor(1, 8, 24, seed=1), "negative_prompt_embeds": lambda: tensor(1, 8, 24, seed=2),
+    "pooled_prompt_embeds": lambda: tensor(1, 16, seed=3), "negative_pooled_prompt_embeds": lambda: tensor(1, 16, seed=4), **SQUARE,
+}
+
+for _name, _call in (("KolorsPipeline", {}), ("KolorsPAGPipeline", PAG)):
+    add(_name, "text-to-image", lambda name=_name: assemble(name, **{**parts(encoder_hid_dim=24), "text_encoder": None, "tokenizer": None}), **EMBEDS, **_call)
+
+UNBUILDABLE["KolorsImg2ImgPipeline"] = "ignores pooled_prompt_embeds in this diffusers release, so that it needs its GLM and tokenizer"

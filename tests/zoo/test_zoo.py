@@ -1,0 +1,66 @@
+"""Every tiny pipeline runs, and every pipeline of the installed diffusers release is among them or has a reason not to be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from zoo import CASES, UNBUILDABLE, absent, build, missing
+from zoo.core import exported, modules
+
+STEPS = 4  #: the fewest that every scheduler takes (PNDM's warm-up), with something left at every strength
+QUICK = {"StableDiffusionPipeline", "StableDiffusionXLInpaintPipeline", "StableDiffusion3Pipeline", "DiTPipeline", "PixArtSigmaPipeline", "SanaSprintPipeline"}
+
+
+def arrays(output: Any) -> Iterator[np.ndarray]:
+    """Every array in what a pipeline returns."""
+    if isinstance(output, torch.Tensor):
+        yield output.detach().float().numpy()
+    elif isinstance(output, np.ndarray):
+        yield output.astype(np.float64)
+    elif hasattr(output, "convert"):  # a PIL image
+        yield np.asarray(output).astype(np.float64)
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from arrays(part)
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(CASES)])
+def test_runs(name: str) -> None:
+    """A few steps give finite values that are not all the same."""
+    pipeline = build(name)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    settings = {"num_inference_steps": STEPS, "generator": torch.Generator().manual_seed(0), "output_type": "np", "return_dict": False}
+    found = list(arrays(pipeline(**CASES[name].call(), **{k: v for k, v in settings.items() if k in accepted})))
+    assert found and all(np.isfinite(a).all() for a in found)
+    assert max(float(a.std()) for a in found) > 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_builds_are_equal_and_tiny(name: str) -> None:
+    """Seeds are set inside, whatever the global state; float32, eval, no network beyond a million parameters."""
+    first = modules(build(name))
+    torch.manual_seed(123)
+    state = torch.random.get_rng_state()
+    second = modules(build(name))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for a, b in zip(first, second, strict=True):
+        assert not a.training and sum(p.numel() for p in a.parameters()) < 1_000_000
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            assert p.dtype == torch.float32 and torch.equal(p, q)
+
+
+def test_calls_have_objects_of_their_own() -> None:
+    first, second = (CASES["StableDiffusionInpaintPipeline"].call() for _ in range(2))
+    assert first["image"] is not second["image"] and first["image"].tobytes() == second["image"].tobytes()
+
+
+def test_every_exported_pipeline_is_covered() -> None:
+    """A new diffusers release names here what it adds."""
+    assert missing() == []
+    assert not set(CASES) & (set(UNBUILDABLE) | set(absent()))
+    assert set(CASES) | set(UNBUILDABLE) <= set(exported())

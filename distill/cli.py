@@ -1,4 +1,4 @@
-"""The command line: ``distill train | sample | eval | export | verify | methods``.
+"""The command line: ``distill train | plan | sample | eval | export | teachers | verify | methods``.
 
 Only this file talks to the user. Whatever a user can get wrong ends in one line on stderr and exit code 2.
 """
@@ -52,6 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-schema", action="store_true", help="print the recipe's JSON schema, for editors")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="what a run will take in memory, work and disk, from configuration files alone")
+    plan.add_argument("recipe", help="a YAML file, a shipped recipe or a run folder")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting: trainer.batch_size=4")
+    plan.add_argument("--gpu", metavar="SIZE", help="does it fit a GPU of this memory (24GB), and if not, with which settings")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON, sizes in bytes")
+    plan.set_defaults(run=_plan)
+
     sample = commands.add_parser("sample", help="sample images from a run, an exported student or any diffusers pipeline")
     sample.add_argument("path", help="run folder, exported folder, pipeline folder or hub id")
     sample.add_argument("--inputs", nargs="+", metavar="INPUT", help="prompts or class labels, one per image; all classes if not given")
@@ -75,14 +82,30 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a run's student as a diffusers folder or a LoRA")
     export.add_argument("path", type=Path, help="run folder")
-    export.add_argument("--to", choices=("diffusers", "lora"), default="diffusers")
-    export.add_argument("--out", type=Path, help="folder to write; RUN/student or RUN/lora if not given")
+    export.add_argument(
+        "--to", choices=("diffusers", "few-step", "lora", "lora-kohya"), default="diffusers",
+        help="the teacher's own pipeline class; a class in the folder that needs no arguments; the adapter alone, in diffusers' or kohya's names",
+    )
+    export.add_argument("--out", type=Path, help="folder to write; RUN/student, RUN/few-step, RUN/lora or RUN/lora-kohya if not given")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="largest size of one weight file, such as 5GB; diffusers' own default if not given")
+    export.add_argument("--variant", choices=("fp16", "bf16"), help="write the weights in half precision, to be loaded with variant=")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to a hub repository afterwards; asks first")
+    export.add_argument("--yes", action="store_true", help="do not ask before --push uploads")
     export.set_defaults(run=_export)
 
     verify = commands.add_parser("verify", help="check methods against closed forms, with the ablations that must fail")
     verify.add_argument("methods", nargs="*", metavar="METHOD", help="all methods if none is given; module:Class for your own")
     verify.add_argument("--divergence", action="append", help="of dmd2: check this one only (may repeat)")
     verify.set_defaults(run=_verify)
+
+    teachers = commands.add_parser("teachers", help="list the pipelines that were checked, or probe one of your own")
+    teachers.add_argument("path", nargs="?", help="pipeline folder or hub id: probe it and print what was found")
+    teachers.add_argument("--task", help="list this task only: text-to-image, …")
+    teachers.add_argument("--call", action="append", default=[], metavar="NAME=VALUE", help="further argument of the pipeline's call: height=512")
+    teachers.add_argument("--override", metavar="MODULE:NAME", help="what you know of the pipeline and probing does not")
+    teachers.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    teachers.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the pipeline's folder; read it first")
+    teachers.set_defaults(run=_teachers)
 
     methods = commands.add_parser("methods", help="list the methods and their settings")
     methods.add_argument("name", nargs="?", help="show this method's settings")
@@ -133,6 +156,12 @@ def _train(options: argparse.Namespace) -> int:
     return train(config, resume=options.resume, overwrite=options.overwrite)
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from distill.plan_table import plan
+
+    return plan(options.recipe, options.set, options.gpu, options.json)
+
+
 def _sample(options: argparse.Namespace) -> int:
     from distill.commands import sample
 
@@ -148,7 +177,18 @@ def _eval(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from distill.commands import export
 
-    return export(options.path, options.to, options.out)
+    return export(options)
+
+
+def _teachers(options: argparse.Namespace) -> int:
+    if options.path is None:
+        from distill.teachers import print_checked
+
+        print_checked(options.task)
+        return 0
+    from distill.commands import probe
+
+    return probe(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

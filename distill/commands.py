@@ -27,10 +27,13 @@ from distill.evaluate.metrics import Context, check_metric
 from distill.evaluate.report import write_report
 from distill.evaluate.run import Entry
 from distill.evaluate.table import print_table
+from distill.export import push as pushing
+from distill.export.files import check_shard_size
 from distill.loading import load_pipeline
 from distill.resources import find
 from distill.run import DTYPES, is_run, load_student
 from distill.student import Student
+from distill.teacher import Teacher
 from distill.trainer import Interrupted, Trainer
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -115,7 +118,11 @@ def _export_all(config: Config, student: Student, folder: Path, rows: list[dict[
     facts: dict[str, Any] = {"method": config.method.name, "teacher_name": config.teacher.pipeline, "overwrite": True, "metrics": rows}
     if "lora" in config.output.export:
         exporting.export_lora(student, folder / "lora", **facts)
-    exporting.export_diffusers(student, folder / "student", **facts)
+    try:
+        exporting.export_diffusers(student, folder / "student", **facts)
+    except exporting.NoStockScheduler as error:
+        say(f"{str(error).split(': use --to')[0]}: exported with a pipeline file of its own")
+        exporting.export_few_step(student, folder / "student", **facts)
 
 
 def _measure(config: Config, folder: Path, device: str) -> list[dict[str, Any]]:
@@ -124,7 +131,7 @@ def _measure(config: Config, folder: Path, device: str) -> list[dict[str, Any]]:
     prompts = read_prompts(section.prompts) if section.prompts else None
     options: dict[str, Any] = {"device": device, "trust_remote_code": teacher.trust_remote_code, "dtype": DTYPES[teacher.dtype]}
     original = load_pipeline(teacher.pipeline, revision=teacher.revision, variant=teacher.variant, **options)
-    distilled = load_pipeline(folder / "student", **options)
+    distilled = exporting.load_export(folder / "student", **options)
     guidance = exporting.call_guidance(config.method.sampler())
     entries = [Entry("teacher", original, teacher.steps, teacher.guidance_scale)]
     for steps in section.steps or [config.method.sampler().steps]:
@@ -229,10 +236,10 @@ def open_pipeline(name: str, device: str, trust_remote_code: bool = False) -> tu
     facts = exporting.read_facts(path) if path.is_dir() else None
     if facts is not None and facts["form"] == "lora":
         raise UserError(f"{name} is a LoRA: load it onto its teacher ({facts['teacher']}) as its README.md shows, or export with --to diffusers")
-    pipeline = load_pipeline(str(path) if path.is_dir() else name, device=device, trust_remote_code=trust_remote_code)
-    if facts is None:
-        return pipeline, None, None
-    return pipeline, facts["sampler"].steps, facts["guidance_scale"]
+    if facts is not None:
+        pipeline = exporting.load_export(path, device=device, trust_remote_code=trust_remote_code)
+        return pipeline, facts["sampler"].steps, facts["guidance_scale"]
+    return load_pipeline(str(path) if path.is_dir() else name, device=device, trust_remote_code=trust_remote_code), None, None
 
 
 def sample(options: argparse.Namespace) -> int:
@@ -311,15 +318,45 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def export(path: Path, form: str, out: Path | None) -> int:
+def probe(options: argparse.Namespace) -> int:
+    """``distill teachers PATH``: what probing finds in a pipeline."""
+    from distill import yamltree
+    from distill.overrides import find_override
+    from distill.teachers import print_description
+
+    call: dict[str, Any] = {}
+    for assignment in options.call:
+        yamltree.override(call, assignment)
+    pipeline = load_pipeline(options.path, device=device_of(options.device), trust_remote_code=options.trust_remote_code)
+    print_description(Teacher(pipeline, call, find_override(options.override, type(pipeline).__name__)))
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
     """``distill export``."""
+    path, form = options.path, options.to
     if path.suffix in _PICKLES:
         raise UserError(f"{path} is a pickle checkpoint, which is never read: name a run folder")
+    check_shard_size(options.max_shard_size)
+    lora = form.startswith("lora")
+    if lora and (options.max_shard_size or options.variant):
+        raise UserError("--max-shard-size and --variant are for whole pipelines: a LoRA is one small file in the precision that it was trained in")
+    if options.push:
+        pushing.check_reachable(options.push, options.yes)
     student, config = load_student(path)
-    folder = out or path / ("student" if form == "diffusers" else "lora")
+    folder = options.out or path / {"diffusers": "student"}.get(form, form)
     results = path / "results.json"
-    metrics = json.loads(results.read_text()) if results.is_file() else None
-    write = exporting.export_diffusers if form == "diffusers" else exporting.export_lora
-    write(student, folder, method=config.method.name, teacher_name=config.teacher.pipeline, metrics=metrics, overwrite=out is None)
+    facts: dict[str, Any] = {
+        "method": config.method.name, "teacher_name": config.teacher.pipeline, "overwrite": options.out is None,
+        "metrics": json.loads(results.read_text()) if results.is_file() else None,
+    }
+    if lora:
+        exporting.export_lora(student, folder, names="kohya" if form == "lora-kohya" else "diffusers", **facts)
+    else:
+        write = exporting.export_diffusers if form == "diffusers" else exporting.export_few_step
+        write(student, folder, format=exporting.Format(options.max_shard_size, options.variant), **facts)
     say(f"exported → {folder}; its README.md says how to load it")
+    if options.push:
+        address = pushing.push(folder, options.push, options.yes)
+        say(f"uploaded → {address}" if address else "not uploaded")
     return 0

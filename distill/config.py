@@ -39,6 +39,8 @@ class Teacher(Section):
     revision: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False
+    call: dict[str, str | int | float | bool] = {}  #: further arguments of the pipeline's call, the same for every sample: height, width, …
+    override: str | None = None  #: module:NAME of a distill.overrides.Override: what probing cannot infer
 
 
 class LoRA(Section):
@@ -70,6 +72,8 @@ class Data(Section):
     source: Literal["digits", "images", "prompts", "none"] = "none"
     path: Path | None = None  #: of images (a folder) or prompts (a text or JSONL file)
     split: Literal["train", "all"] = "train"
+    cache: bool = True  #: keep encoded prompts and latents on disk, for the next run
+    cache_folder: Path | None = None  #: $DISTILL_CACHE or ~/.cache/distill if not given
 
 
 class Optimizer(Section):
@@ -140,12 +144,13 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
-def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(name: str | Path, overrides: Sequence[str] = (), anywhere: bool = False) -> Config:
     """Read, override and check a recipe.
 
     Args:
         name: a YAML file, or the name of a shipped recipe (``quickstart``, ``consistency/digits``).
         overrides: assignments ``a.b=value``.
+        anywhere: the recipe is to be run on another machine: do not ask whether this one can.
 
     Raises:
         UserError: one line: ``file:line: key: what is wrong``.
@@ -180,7 +185,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Config:
         found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         refuse([_explain(model, e) for e in found])
         raise
-    refuse(list(_impossible(config)))
+    refuse([problem for problem in _impossible(config) if not (anywhere and _of_this_machine(*problem))])
     return config
 
 
@@ -271,6 +276,12 @@ def _section_of(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType, Annotated):
         return next((_section_of(a) for a in get_args(annotation) if isinstance(_section_of(a), type)), annotation)
     return annotation
+
+
+def _of_this_machine(key: yamltree.KeyPath, message: str) -> bool:
+    """Whether a problem is what this machine lacks, and no fault of the recipe."""
+    lacks = ("there is no CUDA device", "needs a CUDA device", "none is used here", "not installed", "cannot be written")
+    return any(words in message for words in lacks)
 
 
 def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:

@@ -14,35 +14,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from distill.call import Call, Values, unflatten
 from distill.schedule import Kind, NoiseSchedule
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a backbone is told beside (x_t, t): keyword arguments, batch first, and the same for "nothing told".
+    """What a backbone is told beside (x_t, t): arguments by path, one entry per sample, and the same for "nothing told".
 
-    ``values`` may be empty (an unconditional teacher); ``null`` is None where the teacher has no null condition.
+    An argument is a (batch, ...) tensor, or a list with one entry per sample where entries differ in shape or are no
+    tensors. ``values`` may be empty (an unconditional teacher); ``null`` is None where the teacher has no null condition.
     ``guidance`` is a guidance scale per sample, (batch,): a guided teacher uses it in place of its own fixed scale, and
     a backbone with a guidance embedding is told it.
     """
 
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-    null: Mapping[str, Tensor] | None = None
+    values: Values = field(default_factory=dict)
+    null: Values | None = None
     guidance: Tensor | None = None
 
-    def _map(self, f: Callable[[Tensor], Tensor]) -> Condition:
-        return Condition(
-            {k: f(v) for k, v in self.values.items()},
-            None if self.null is None else {k: f(v) for k, v in self.null.items()},
-            None if self.guidance is None else f(self.guidance),
-        )
+    def _map(self, f: Callable[[Any], Any], g: Callable[[list[Any]], list[Any]]) -> Condition:
+        def over(values: Values) -> dict[str, Any]:
+            return {k: f(v) if isinstance(v, Tensor) else g(v) for k, v in values.items()}
+
+        guidance = None if self.guidance is None else f(self.guidance)
+        return Condition(over(self.values), None if self.null is None else over(self.null), guidance)
 
     def __getitem__(self, index: Any) -> Condition:
-        return self._map(lambda v: v[index])
+        """The samples of a slice, or of a tensor or sequence of indices."""
+
+        def chosen(entries: list[Any]) -> list[Any]:
+            return entries[index] if isinstance(index, slice) else [entries[int(i)] for i in index]
+
+        return self._map(lambda v: v[index], chosen)
 
     def to(self, device: torch.device | str) -> Condition:
-        return self._map(lambda v: v.to(device))
+        return self._map(lambda v: v.to(device), lambda entries: [_moved(e, device) for e in entries])
 
     def with_guidance(self, guidance: Tensor) -> Condition:
         return replace(self, guidance=guidance)
@@ -61,19 +69,21 @@ class Condition:
         null = self.null
         if null is None:
             raise ValueError("this teacher has no null condition")
-        values = {
-            k: torch.where(mask.to(v.device).reshape((-1,) + (1,) * (v.dim() - 1)), null[k], v)
-            for k, v in self.values.items()
-        }
-        return Condition(values, null, self.guidance)
+
+        def mixed(told: Any, nothing: Any) -> Any:
+            if isinstance(told, Tensor):
+                return torch.where(mask.to(told.device).reshape((-1,) + (1,) * (told.dim() - 1)), nothing, told)
+            return [n if m else c for c, n, m in zip(told, nothing, mask.tolist(), strict=True)]
+
+        return Condition({k: mixed(v, null[k]) for k, v in self.values.items()}, null, self.guidance)
 
 
 def cat(conditions: Sequence[Condition]) -> Condition:
-    """Concatenate along the batch."""
+    """Concatenate along the batch. Tensors whose lengths differ become a list of one per sample."""
     first = conditions[0]
 
-    def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    def join(parts: Sequence[Values]) -> dict[str, Any]:
+        return {k: _joined([p[k] for p in parts]) for k in parts[0]}
 
     nulls = [c.null for c in conditions if c.null is not None]
     guidances = [c.guidance for c in conditions if c.guidance is not None]
@@ -84,15 +94,38 @@ def cat(conditions: Sequence[Condition]) -> Condition:
     )
 
 
+def _joined(parts: Sequence[Tensor | list[Any]]) -> Tensor | list[Any]:
+    tensors = [p for p in parts if isinstance(p, Tensor)]
+    if len(tensors) == len(parts) and len({t.shape[1:] for t in tensors}) == 1:
+        return torch.cat(tensors)
+    return [entry for part in parts for entry in part]
+
+
+def same_shapes(a: Condition, b: Condition) -> bool:
+    """Whether one call of a backbone can take both."""
+
+    def shape(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.shape[1:]
+        return [tuple(e.shape) if isinstance(e, Tensor) else e for e in value]
+
+    return all(shape(v) == shape(b.values[k]) for k, v in a.values.items())
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return pytree.tree_map_only(Tensor, lambda v: v.to(device), value)
+
+
 class Prediction:
     """What a network said at (x_t, t), readable as any kind; each reading converts once, in float64, from the original."""
 
     def __init__(
         self, value: Tensor, kind: Kind, x_t: Tensor, t: Tensor, schedule: NoiseSchedule,
-        features: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None, extra: Tensor | None = None,
     ) -> None:
         self.value, self.kind, self.x_t, self.t, self.schedule = value, kind, x_t, t, schedule
         self.features: Mapping[str, Tensor] = features or {}
+        self.extra = extra  #: channels beside the prediction, a learnt variance: some schedulers want them
 
     def as_kind(self, kind: Kind) -> Tensor:
         """(batch, ...) in float32, or in float64 where x_t is."""
@@ -147,14 +180,23 @@ class Denoiser(ABC):
 
 
 @dataclass(frozen=True)
-class Call:
-    """How a backbone is called, as recorded from its pipeline (see ``teacher.py``)."""
+class Companion:
+    """A network that helps the backbone at each step and is never trained: a ControlNet, an adapter.
 
-    state: str  #: name of the argument that takes x_t
-    time: str  #: name of the argument that takes the time
-    time_scale: float = 1.0  #: recorded time / the scheduler's timestep (1 or 1/1000 in practice)
-    constants: Mapping[str, Any] = field(default_factory=dict)  #: arguments that are the same at every call
-    guidance: str | None = None  #: name of the argument that takes a guidance embedding
+    Its conditions lie beside the backbone's under its own name, ``controlnet:controlnet_cond``.
+    """
+
+    name: str
+    module: nn.Module
+    call: Call
+    feeds: Mapping[str, int]  #: the backbone's argument → which tensor of its answer
+
+    def outputs(self, x_t: Tensor, time: Tensor, values: Values, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What it tells the backbone, by the backbone's arguments."""
+        own = {k.removeprefix(f"{self.name}:"): v for k, v in values.items() if k.startswith(f"{self.name}:")}
+        answer = self.module(**unflatten(self.call.arguments(x_t, time, own, dtype)))
+        leaves = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
+        return {path: leaves[i] for path, i in self.feeds.items()}
 
 
 class BackboneDenoiser(Denoiser):
@@ -163,13 +205,15 @@ class BackboneDenoiser(Denoiser):
     Args:
         use: entered around each forward; selects the adapter of this role on a shared backbone.
         trained: name → parameter of what training changes; all of the backbone's where None.
+        companions: networks that run before each call and whose answers go into it.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
-        trained: Mapping[str, nn.Parameter] | None = None,
+        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (),
     ) -> None:
+        self.companions = companions
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
         # Quantised weights are integers: the dtype is that of the others.
@@ -185,9 +229,11 @@ class BackboneDenoiser(Denoiser):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
         t = t.to(x_t.device).expand(len(x_t))
         with _catching(self.backbone, features) as caught, self.use():
-            out = self.backbone(**self._arguments(x_t, t, condition))
-        value = out[0] if isinstance(out, tuple) else out.sample
-        return Prediction(value[:, : x_t.shape[1]], self.kind, x_t, t, self.schedule, caught)
+            output = self.backbone(**self._arguments(x_t, t, condition))
+        value, extra = self.call.answer(output, len(x_t)), None
+        if value.dim() == x_t.dim() and value.shape[1] > x_t.shape[1]:
+            value, extra = value.split([x_t.shape[1], value.shape[1] - x_t.shape[1]], 1)
+        return Prediction(value, self.kind, x_t, t, self.schedule, caught, extra)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
         t = t.to(x_t.device).expand(len(x_t))
@@ -196,43 +242,18 @@ class BackboneDenoiser(Denoiser):
         return caught
 
     def _arguments(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> dict[str, Any]:
-        arguments: dict[str, Any] = dict(self.call.constants)
-        if condition is not None:
-            arguments |= {k: self._cast(v) for k, v in condition.values.items()}
-            if condition.guidance is not None and self.call.guidance is not None:
-                config: Any = self.backbone.config
-                width = int(config.time_cond_proj_dim)
-                arguments[self.call.guidance] = self._cast(guidance_embedding(condition.guidance, width))
-        arguments[self.call.state] = x_t.to(self.dtype)
-        arguments[self.call.time] = (self.schedule.model_time(t) * self.call.time_scale).float()
-        return unflatten(arguments)
-
-    def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype) if value.is_floating_point() else value
-
-
-class Guided(Denoiser):
-    """Classifier-free guidance D_u + w (D_c − D_u), w = 1 off, in one batched call of the network.
-
-    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample.
-    """
-
-    def __init__(self, denoiser: Denoiser, scale: float) -> None:
-        self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
-        if condition is None or (condition.guidance is None and self.scale == 1):
-            return self.denoiser.predict(x_t, t, condition, features)
-        told = condition.without_guidance()
-        t = t.to(x_t.device).expand(len(x_t))
-        both = self.denoiser.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), cat([told.unconditional(), told]), features)
-        null, cond = both.value.chunk(2)
-        w: Tensor | float = self.scale
-        if condition.guidance is not None:
-            w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))
-        # Guidance is affine with weights that sum to one, so it may be taken in the native parameterisation.
-        kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
-        return Prediction(null + w * (cond - null), both.kind, x_t, t, self.schedule, kept)
+        told = condition or Condition()
+        flat = self.call.arguments(x_t, self.schedule.model_time(t), told.values, self.dtype)
+        scale = told.guidance if told.guidance is not None else torch.ones(len(x_t), device=x_t.device)
+        if self.call.guidance is not None:
+            config: Any = self.backbone.config
+            flat[self.call.guidance] = guidance_embedding(scale, int(config.time_cond_proj_dim)).to(self.dtype)
+        if self.call.embedded is not None:
+            path, affine = self.call.embedded
+            flat[path] = affine(scale).to(self.dtype)
+        for companion in self.companions:
+            flat |= companion.outputs(x_t, self.schedule.model_time(t), told.values, self.dtype)
+        return unflatten(flat)
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:
@@ -276,26 +297,3 @@ def _catching(backbone: nn.Module, names: Sequence[str], stop: bool = False) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keyword arguments with their paths joined by dots: ``added_cond_kwargs.time_ids``."""
-    flat: dict[str, Any] = {}
-    for key, value in arguments.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of ``flatten``."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split(".")
-        here = nested
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[leaf] = value
-    return nested

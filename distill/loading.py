@@ -6,8 +6,9 @@ import contextlib
 import importlib.util
 import io
 import json
+import pprint
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,8 @@ from distill.resources import find, resource
 #: Pipelines that the toolkit ships: an exported folder that names one is loaded with our own copy of the file, so
 #: that no code from the folder runs.
 SHIPPED_PIPELINES = {"UNet2DPipeline": "unet2d"}
+FACTS = "distill.json"  #: what an export says of itself
+FEW_STEP_FILE = "pipeline.py"  #: of an export, loaded with ``custom_pipeline="pipeline"``
 
 
 def shipped_pipeline(class_name: str) -> type:
@@ -36,6 +39,39 @@ def _module(stem: str) -> ModuleType:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     return sys.modules[name]
+
+
+def few_step_source(facts: Mapping[str, Any]) -> str:
+    """``pipelines/few_step.py`` for one student.
+
+    Args:
+        facts: as in distill.json: the stock "class", the "module" that defines it (diffusers, or .file beside it), "settings".
+
+    Raises:
+        UserError: if the class or the module is no plain name.
+    """
+    name, module = str(facts["class"]), str(facts["module"])
+    if not name.isidentifier() or not (module == "diffusers" or module.removeprefix(".").isidentifier()):
+        raise UserError(f"{FACTS} names no pipeline class: export the student again")
+    settings = pprint.pformat(dict(facts["settings"]), width=120, sort_dicts=False, compact=True)
+    template = resource("pipelines/few_step.py").read_text(encoding="utf-8")
+    stock, empty = "from diffusers import StableDiffusionPipeline as Stock\n", "SETTINGS = {}\n"
+    assert template.count(stock) == template.count(empty) == 1
+    return template.replace(stock, f"from {module} import {name} as Stock\n").replace(empty, f"SETTINGS = {settings}\n")
+
+
+def _is_our_few_step(folder: Path) -> bool:
+    """Whether the pipeline file of a few-step export is, to the letter, the one that this toolkit writes: then running it
+    is running our own code. Files of other classes in the folder must be the toolkit's own too."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))["few_step"]
+        ours = few_step_source(facts) == (folder / FEW_STEP_FILE).read_text(encoding="utf-8")
+        module = facts["module"].removeprefix(".")
+        if ours and module != "diffusers":
+            ours = module in SHIPPED_PIPELINES.values() and (folder / f"{module}.py").read_bytes() == resource(f"pipelines/{module}.py").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        return False
+    return ours and not any(p for p in folder.rglob("*.py") if p.name not in (FEW_STEP_FILE, f"{module}.py"))
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:
@@ -64,8 +100,12 @@ def load_pipeline(
     trust_remote_code: bool = False,
     revision: str | None = None,
     variant: str | None = None,
+    few_step: bool = False,
 ) -> Any:
     """A diffusers pipeline from a folder, a shipped asset (``assets/digits-teacher``) or a hub id, in eval mode.
+
+    Args:
+        few_step: of an export, the few-step pipeline in place of the stock one.
 
     Raises:
         UserError: if it is missing, corrupt, holds pickles only, or wants code to be run that the user did not allow.
@@ -78,11 +118,17 @@ def load_pipeline(
     if path.is_file():
         raise UserError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a hub id")
     if path.is_dir():
-        class_name = read_model_index(path).get("_class_name")
+        index = read_model_index(path)
+        class_name = index.get("_class_name")
+        arguments |= {part: None for part, value in index.items() if value == [None, None]}  # diffusers wants some of these said
         if isinstance(class_name, list):
             class_name = class_name[-1]
-        if class_name in SHIPPED_PIPELINES:
+        if class_name in SHIPPED_PIPELINES and not few_step:
             shipped = str(class_name)
+        elif (few_step or class_name == "FewStepPipeline") and (trust_remote_code or _is_our_few_step(path)):
+            arguments |= {"custom_pipeline": Path(FEW_STEP_FILE).stem, "trust_remote_code": True}
+        elif few_step:
+            raise UserError(f"{name} holds no {FEW_STEP_FILE} of this version of distill: export the student again")
         elif not trust_remote_code and not hasattr(diffusers, str(class_name)):
             raise UserError(f"{name} needs its own code ({class_name}); read it, then set teacher.trust_remote_code: true")
         source = str(path)

@@ -15,12 +15,13 @@ from distill.sampling import Sampler
 
 def model_card(
     *, title: str, method: str, teacher_name: str, sampler: Sampler, load: str, pipeline_tag: str, lora: bool,
-    license: str | None = None, metrics: Sequence[dict[str, Any]] | None = None,
+    also: str | None = None, license: str | None = None, metrics: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """Markdown with the hub's YAML header.
 
     Args:
         load: the code that loads and samples the student.
+        also: code that loads it as the few-step pipeline, which needs no arguments.
         license: of the teacher, inherited; left out where unknown.
     """
     header: dict[str, Any] = {
@@ -47,12 +48,20 @@ def model_card(
         f"# {title}",
         f"A {'LoRA' if lora else 'student'} distilled from `{teacher_name}` with `{method}` by distill {__version__}.",
         f"- **Steps**: {steps}\n- **Guidance**: {guidance}\n- **Negative prompts**: ignored\n"
-        f"- **Sampler**: the stored scheduler; it re-noises at t = {times} of the teacher's schedule",
+        f"- **Sampler**: t = {times} of the teacher's schedule; {_noise(sampler.gamma)}",
         "## Load it\n```python\n" + load.strip() + "\n```",
     ]
+    if also is not None:
+        lines.append("### With nothing to remember\nHere the number of steps, the times and the guidance are defaults:\n```python\n" + also.strip() + "\n```")
     if metrics:
         lines.append("## Measured\n" + markdown(metrics).strip())
     return "\n\n".join(lines) + "\n"
+
+
+def _noise(gamma: float) -> str:
+    if gamma in (0.0, 1.0):
+        return "fresh noise at each" if gamma else "no fresh noise: the steps follow the ODE"
+    return f"a share of {gamma:g} of the noise is fresh at each"
 
 
 def license_of(pipeline_folder: Path) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,4 +161,4 @@ def copy_backbone(
     if trained is not None:
         share(made, backbone, [n for n, _ in backbone.named_parameters() if n not in set(trained)])
     constants = {k: v for k, v in call.constants.items() if k != "timestep_cond"}
-    return made, Call(call.state, call.time, call.time_scale, constants, "timestep_cond")
+    return made, replace(call, constants=constants, guidance="timestep_cond")

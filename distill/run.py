@@ -25,11 +25,13 @@ from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator
 from distill.memory import Offload, checkpoint_activations, offload
 from distill.methods.base import Method
+from distill.overrides import find_override
 from distill.quantize import quantize
+from distill.recording import find_backbone
 from distill.roles import Roles, build_roles
 from distill.selection import Selection
 from distill.student import Student
-from distill.teacher import Teacher, find_backbone
+from distill.teacher import Teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: what a trained student is loaded with: nothing of its training, so that it loads also where it could not be trained
@@ -63,25 +65,29 @@ def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
     if early and section.quantize != "none":
         quantize(find_backbone(pipeline)[1], section.quantize, device)
         pipeline.to(device)
-    teacher = Teacher(pipeline)
+    teacher = Teacher(pipeline, section.call, find_override(section.override, type(pipeline).__name__))
     teacher.check(1e-5 if section.dtype == "float32" else 5e-2)
     return teacher
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> Parts:
     """Teacher, roles and student of a run, as they are before the first step."""
-    teacher = load_teacher(config, device)
+    return assemble(config, load_teacher(config, device))
+
+
+def assemble(config: Config, teacher: Teacher) -> Parts:
+    """The roles and the student of a run beside a teacher that is there already (``plan`` brings one without weights)."""
     student, method, bits = config.student, config.method, config.teacher.quantize
     selection = Selection(tuple(student.train or ()), tuple(student.freeze or ())) if student.train or student.freeze else None
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
     )
     if adapters is None and bits != "none":  # the copies have been made
-        quantize(teacher.backbone, bits, device)
+        quantize(teacher.backbone, bits, teacher.device)
     if student.architecture is not None:
         _try_out(teacher, roles.student, "student.architecture: a student of this architecture does not work as the teacher does")
     waiting = _economize(config, teacher, roles, adapters)
-    roles.state = {k: v.to(device) for k, v in method.initial_state().items()}
+    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
     assert isinstance(roles.student, BackboneDenoiser)
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)

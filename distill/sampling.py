@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser
 from distill.errors import UserError
+from distill.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class Sampler:
         steps: the default number of network calls.
         guidance_scale: the teacher's guidance that is folded into the weights (1: none). Sample without guidance.
         guidance_range: where the student has a guidance embedding, the scales it was trained for.
+        gamma: the share of the noise that is drawn anew at each step (Kim et al. 2024, CTM, alg. 3; TCD's eta). 1: all of it,
+            as consistency models and DMD2 do; 0: none, the deterministic DDIM/Euler step of the ODE.
     """
 
     times: tuple[float, ...] = (1.0,)
     steps: int = 1
     guidance_scale: float = 1.0
     guidance_range: tuple[float, float] | None = None
+    gamma: float = 1.0
 
     def ladder(self, steps: int | None = None) -> tuple[float, ...]:
         """The times of an n-step sample: n of the trained ones, evenly spaced from the top.
@@ -61,24 +66,46 @@ def uniform_ladder(steps: int, train_steps: int = 1000) -> tuple[float, ...]:
     return tuple((steps - i) * stride / train_steps for i in range(steps))
 
 
+def way_point(schedule: NoiseSchedule, time: float, gamma: float) -> float:
+    """The time s ≤ ``time`` that a step to ``time`` goes down to without noise, before fresh noise takes it back up.
+
+    0 (clean data) for gamma = 1, ``time`` itself for gamma = 0; between them (1 − gamma) of the model's time, rounded
+    down to a whole one as diffusers' ``TCDScheduler`` does.
+    """
+    if gamma in (0.0, 1.0):
+        return 0.0 if gamma else time
+    below = torch.floor((1 - gamma) * schedule.model_time(torch.tensor(time, dtype=torch.float64)))
+    return float(schedule.from_model_time(below)) if below >= 1 else 0.0
+
+
 def renoise_sample(
     student: Denoiser, times: Sequence[float], noise: Tensor, condition: Condition | None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, gamma: float = 1.0,
 ) -> Tensor:
     """x0 by alternating one network call with fresh noise at the next time (Song et al. 2023, alg. 1; DMD2; LCM).
 
-        x0 = D(x_t, t);   x_s = alpha_s x0 + sigma_s fresh noise
+        x0 = D(x_t, t);   x_u = alpha_u x0 + sigma_u fresh noise
+
+    With gamma < 1 (CTM, TCD) part of the noise is the network's own: a DDIM step from x_t to the way point s ≤ u, then
+    noise from s up to u. With gamma = 0 it is the DDIM step from t to u alone, and no noise is drawn.
 
     Args:
         noise: unit-variance noise (batch, ...), the state at the first time but for the schedule's scale.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
+    schedule = student.schedule
+
     def at(time: float) -> Tensor:
         return torch.full((len(noise),), time, dtype=torch.float64, device=noise.device)
 
-    x0 = student(noise * student.schedule.initial_scale, at(times[0]), condition)
-    for time in times[1:]:
-        fresh = randn_tensor(x0.shape, generator, x0.device, x0.dtype)
-        x0 = student(student.schedule.add_noise(x0, fresh, at(time)), at(time), condition)
+    state = noise * schedule.initial_scale
+    x0 = student(state, at(times[0]), condition)
+    for now, time in pairwise(times):
+        s = way_point(schedule, time, gamma)
+        state = schedule.ddim(state.to(x0.dtype), x0, at(now), at(s)) if s > 0 else x0
+        if gamma > 0:
+            fresh = randn_tensor(x0.shape, generator, x0.device, x0.dtype)
+            state = schedule.renoise(state, fresh, at(s), at(time)) if s > 0 else schedule.add_noise(x0, fresh, at(time))
+        x0 = student(state, at(time), condition)
     return x0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.adapters import Adapters
-from distill.denoiser import BackboneDenoiser
+from distill.denoiser import BackboneDenoiser, Condition
 from distill.sampling import Sampler, renoise_sample
 from distill.teacher import Teacher
 
@@ -40,12 +40,19 @@ class Student:
             generator: draws the initial noise first (unless given), then each re-noising, as diffusers' pipelines do.
             guidance_scale: for a student with a guidance embedding; the middle of its trained range if not given.
         """
-        condition = self.teacher.condition(inputs)
         noise = self.teacher.noise(len(inputs), generator) if noise is None else noise
+        return self.sample_from(self.teacher.condition(inputs), noise, steps, generator, guidance_scale)
+
+    @torch.no_grad()
+    def sample_from(
+        self, condition: Condition, noise: Tensor, steps: int | None = None, generator: torch.Generator | None = None,
+        guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The same for encoded conditions and given noise."""
         if self.sampler.guidance_range is not None:
             scale = sum(self.sampler.guidance_range) / 2 if guidance_scale is None else guidance_scale
             condition = condition.with_guidance(torch.full((len(noise),), scale, device=noise.device))
-        return renoise_sample(self.denoiser, self.sampler.ladder(steps), noise, condition, generator)
+        return renoise_sample(self.denoiser, self.sampler.ladder(steps), noise, condition, generator, self.sampler.gamma)
 
     def images(self, inputs: Sequence[Any], **settings: Any) -> Tensor:
         """Decoded samples, (len(inputs), channels, height, width) in [0, 1]; settings as for ``sample``."""

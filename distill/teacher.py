@@ -1,81 +1,34 @@
 """Any diffusers pipeline as a teacher, by recording the pipeline's own call of its backbone.
 
-The pipeline runs for a few steps while hooks note what its backbone receives and what its scheduler does:
-
-* the tensors that change between the calls are the state and the time; everything else is the condition, already
-  encoded, masked and positioned by the pipeline itself;
-* the time's unit is the recorded time over ``scheduler.timesteps``;
-* a guided and an unguided call tell which half of the doubled batch is conditional: by equality, never assumed.
-
-So no file per model family. ``Teacher.check`` replays what was recorded and refuses a teacher that does not agree.
+The pipeline runs for a few steps while ``recording.py`` notes what its networks receive and what its scheduler does;
+``probing.py`` reads off how the backbone is called, ``findings.py`` how guidance is arranged. So no file per model family:
+what is left to say of single pipelines is in ``overrides/``. ``Teacher.check`` replays what was recorded and refuses a
+teacher that does not agree.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser, Guided, flatten
+from distill.call import flatten
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
-from distill.schedule import from_scheduler
+from distill.findings import Guidance, probe
+from distill.guidance import Guided
+from distill.latents import Autoencoder, find_autoencoder
+from distill.overrides import Override, find_override
+from distill.probing import NotUnderstood, copies_of, values_of
+from distill.recording import Recording, Step, networks
+from distill.running import PROBE_STEPS, Runner, before_calls, repeated
 
-_BACKBONES = ("unet", "transformer", "prior")
-PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refuses fewer than four)
-
-
-class _Stop(Exception):
-    """Raised by a hook when it has seen enough of the pipeline."""
-
-
-@dataclass
-class Recording:
-    """What happened while a pipeline ran: the backbone's flattened arguments and outputs, the scheduler's timesteps."""
-
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    timesteps: list[Tensor] = field(default_factory=list)
-    final: Tensor | None = None
-
-
-@contextmanager
-def _recording(pipeline: Any, backbone: nn.Module, stop_after: int | None) -> Iterator[Recording]:
-    """Note every call of the backbone and every scheduler step; stop before the ``stop_after``-th call is computed."""
-    recording = Recording()
-    signature = inspect.signature(backbone.forward)
-    scheduler_step = pipeline.scheduler.step
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(*args, **kwargs).arguments
-        recording.calls.append({k: v.clone() if isinstance(v, Tensor) else v for k, v in flatten(bound).items()})
-        if stop_after is not None and len(recording.calls) >= stop_after:
-            raise _Stop
-
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        recording.outputs.append((output[0] if isinstance(output, tuple) else output.sample).clone())
-
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        recording.timesteps.append(torch.as_tensor(timestep))
-        result = scheduler_step(model_output, timestep, sample, *args, **kwargs)
-        recording.final = (result[0] if isinstance(result, tuple) else result.prev_sample).clone()
-        return result
-
-    hooks = [
-        backbone.register_forward_pre_hook(before, with_kwargs=True),
-        backbone.register_forward_hook(after, with_kwargs=True),
-    ]
-    pipeline.scheduler.step = step
-    try:
-        yield recording
-    finally:
-        for hook in hooks:
-            hook.remove()
-        del pipeline.scheduler.step  # the instance attribute; the class's method is seen again
+__all__ = ["Guidance", "Teacher"]
 
 
 class Teacher:
@@ -83,123 +36,81 @@ class Teacher:
 
     Args:
         pipeline: a loaded diffusers pipeline; its modules are put in eval mode and frozen.
+        call: further arguments of the pipeline's call, the same for every sample: ``height``, ``image``, ``prompt_embeds``, …
+        override: what cannot be inferred; the toolkit's own for the class (``overrides/``) if not given.
 
     Raises:
-        UserError: if the pipeline's backbone, schedule or call cannot be understood.
+        UserError: if the pipeline's backbone, schedule or call cannot be understood; it names the override to write.
     """
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
-        self.backbone_name, self.backbone = find_backbone(pipeline)
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
-        self._parameters = inspect.signature(pipeline.__call__).parameters
-        #: what the user conditions on: "prompt", "class_labels" or None
-        self.input_name = next((name for name in ("prompt", "class_labels") if self._takes(name)), None)
+    def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
+        self.pipeline, name = pipeline, type(pipeline).__name__
+        override = override or find_override(None, name)
+        modules = [c for c in getattr(pipeline, "components", {}).values() if isinstance(c, nn.Module)]
+        if not modules:
+            raise UserError(f"{name} has no backbone: it cannot be a teacher")
+        for module in modules:
+            module.eval().requires_grad_(False)
+        self._runner = Runner(pipeline, call or {}, override)
         try:
-            schedule, kind = from_scheduler(pipeline.scheduler)
+            found = self._found = probe(self._runner, override)
+        except NotUnderstood as error:
+            raise UserError(
+                f"{name} cannot be a teacher yet: {error}. If you know it, say it in an override: Override({error.field}=…), see distill/overrides"
+            ) from None
         except ValueError as error:
-            raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
-        self._recorded = self._record([self.placeholder()], guidance=1.0)
-        call, self.sample_shape = self._understand(self._recorded)
-        self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
-        self.guidance_free = not self._takes("guidance_scale")
-        self._conditional_half = self._find_conditional_half()
+            raise UserError(f"{name} cannot be a teacher: {error}") from None
+        self.backbone_name, self.backbone, self.sample_shape = found.network, found.backbone, found.sample_shape
+        self.guidance = found.guidance
+        companions = [companion for companion, _ in found.companions]
+        self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
 
-    # -- what was recorded ------------------------------------------------------------------------------------------
+    # -- what it is -------------------------------------------------------------------------------------------------
 
-    def _takes(self, name: str) -> bool:
-        if name == "class_labels" and getattr(self.backbone.config, "num_class_embeds", 1) is None:
-            return False
-        return name in self._parameters
+    @property
+    def input_name(self) -> str | None:
+        """What the user conditions on: "prompt", "class_labels" or None."""
+        return self._runner.input_name
 
     def placeholder(self) -> Any:
         """Some valid input: a prompt, a class, or None for an unconditional teacher."""
-        return {"prompt": "a photograph", "class_labels": 0, None: None}[self.input_name]
+        return self._runner.placeholder
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
-    @torch.no_grad()
-    def _record(
-        self, inputs: Sequence[Any], guidance: float | None, stop_after: int | None = None,
-        negative: Sequence[str] | None = None, **extra: Any,
-    ) -> Recording:
-        arguments: dict[str, Any] = {"num_inference_steps": PROBE_STEPS} | extra
-        if self.input_name is None:
-            arguments["batch_size"] = len(inputs)
-        else:
-            arguments[self.input_name] = list(inputs)
-        if guidance is not None and self._takes("guidance_scale"):
-            arguments["guidance_scale"] = guidance
-        if negative is not None and self._takes("negative_prompt"):
-            arguments["negative_prompt"] = list(negative)
-        # The images are not wanted: leave the decoder out where the pipeline can.
-        arguments["output_type"] = "latent" if getattr(self.pipeline, "vae", None) is not None else "pt"
-        with _recording(self.pipeline, self.backbone, stop_after) as recording:
-            try:
-                self.pipeline(**arguments)
-            except _Stop:
-                pass
-        if not recording.calls:
-            raise UserError(f"{type(self.pipeline).__name__} never called its {self.backbone_name}: it cannot be a teacher")
-        return recording
+    @property
+    def guidance_free(self) -> bool:
+        """Whether the pipeline has no classifier-free guidance."""
+        return self.guidance is None
 
-    def _understand(self, recording: Recording) -> tuple[Call, tuple[int, ...]]:
-        """Which argument is the state and which the time, the time's unit, and what stays the same."""
-        first, *others = recording.calls  # some solvers visit a timestep twice: two calls would not do
-        changed = [
-            name for name, value in first.items()
-            if isinstance(value, Tensor) and any(not torch.equal(value.double(), torch.as_tensor(o[name]).double()) for o in others)
-        ]
-        tensors = sorted(changed, key=lambda name: first[name].numel())
-        if len(tensors) != 2 or first[tensors[0]].numel() != 1:
-            raise UserError(
-                f"the call of {type(self.backbone).__name__} was not understood: between two steps {changed} changed, "
-                "where one state and one time were expected"
-            )
-        time, state = tensors
-        recorded, timestep = float(first[time].reshape(-1)[0]), float(recording.timesteps[0].reshape(-1)[0])
-        scale = 1.0 if timestep == 0 else recorded / timestep
-        constants = {k: v for k, v in first.items() if k not in (state, time) and not _is_condition(v, len(first[state]))}
-        constants["return_dict"] = False
-        takes = inspect.signature(self.backbone.forward).parameters
-        width = getattr(self.backbone.config, "time_cond_proj_dim", None)
-        guidance = "timestep_cond" if "timestep_cond" in takes and width else None
-        if guidance:
-            constants.pop(guidance, None)
-        return Call(state, time, round(scale, 9), constants, guidance), tuple(first[state].shape[1:])
+    @property
+    def classes(self) -> int | None:
+        """Number of real classes of a class-conditional teacher (the null class not counted)."""
+        if self.input_name != "class_labels":
+            return None
+        config: Any = self.backbone.config
+        names = ("num_class_embeds", "num_embeds_ada_norm", "num_classes")
+        count = next((int(config[n]) for n in names if config.get(n) is not None), None)
+        null = self.pipeline.config.get("null_class")
+        return count if null is None or count is None else count - 1
 
-    def _split(self, call: Mapping[str, Any], batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """The condition of one recorded call and, where the batch was doubled, the null condition."""
-        state = call[self.denoiser.call.state]
-        skip = {self.denoiser.call.state, self.denoiser.call.time, self.denoiser.call.guidance}
-        values = {k: v for k, v in call.items() if k not in skip and _is_condition(v, len(state))}
-        if len(state) == batch:
-            return values, None
-        if len(state) != 2 * batch:
-            raise UserError(f"guidance of {type(self.pipeline).__name__} was not understood: {len(state)} states for {batch} samples")
-        halves = {k: v.chunk(2) for k, v in values.items()}
-        c = self._conditional_half
-        return {k: h[c] for k, h in halves.items()}, {k: h[1 - c] for k, h in halves.items()}
+    def guided(self, scale: float) -> Denoiser:
+        """The teacher under guidance of the given scale, as the pipeline itself means it (1: none)."""
+        if scale == 1 or (self.guidance is None and self.denoiser.call.embedded is None):
+            return self.denoiser
+        return Guided(self.denoiser, scale, self.guidance.rule if self.guidance else "plain")
 
-    def _find_conditional_half(self) -> int:
-        """0 or 1: the half of a guided call that equals the unguided one. Pipelines differ in the order."""
-        self._conditional_half = 1
-        if self.guidance_free or self.input_name is None:
-            return 1
-        probe = self.placeholder()
-        plain = self._split(self._recorded.calls[0], 1)[0]
-        guided, null = self._split(self._record([probe], 2.0, stop_after=1).calls[0], 1)
-        if null is None:
-            return 1
-        if all(torch.equal(guided[k], v) for k, v in plain.items()):
-            return 1
-        if all(torch.equal(null[k], v) for k, v in plain.items()):
-            return 0
-        raise UserError(f"neither half of a guided call of {type(self.pipeline).__name__} equals the unguided one")
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything beside the inputs that the pipeline's call is given when it encodes them."""
+        return self._runner.call | {"negative_prompt": self._runner.negative, "off": self._found.off}
+
+    def encoders(self) -> list[tuple[str, nn.Module]]:
+        """The pipeline's other networks by name: what turns prompts into conditions, and images into samples."""
+        helpers = {companion.name for companion, _ in self._found.companions}
+        return [(k, v) for k, v in networks(self.pipeline).items() if k != self.backbone_name and k not in helpers]
 
     # -- conditions -------------------------------------------------------------------------------------------------
 
@@ -208,51 +119,68 @@ class Teacher:
         """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
 
         The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
-        the negative prompt (empty by default) or the null class.
+        the negative prompt (by default that of ``call``, or empty) or the null class.
         """
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
         if self.input_name is None:
-            return Condition()
-        guidance = None if self.guidance_free else 2.0
-        recording = self._record(entries, guidance, stop_after=1, negative=negative)
-        values, null = self._split(recording.calls[0], len(entries))
-        return Condition(values, null)
+            one = self._condition([None], None)
+            return one[[0] * len(entries)] if one.values else one
+        if self._found.batched:
+            return self._condition(entries, negative)
+        return cat([self._condition([e], None if negative is None else [negative[i]]) for i, e in enumerate(entries)])
 
-    @property
-    def has_null(self) -> bool:
-        """Whether guidance is possible."""
-        return self.condition([self.placeholder()]).null is not None
+    def _condition(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
+        found, guidance, batch = self._found, self.guidance, len(entries)
+        if guidance is None:
+            return self._plain_condition(entries)
+        told = found.off | {guidance.argument: PROBE_SCALE}
+        recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        parts = self._values(recording, guidance.copies, batch)
+        return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
 
-    @property
-    def classes(self) -> int | None:
-        """Number of real classes of a class-conditional teacher (the null class not counted)."""
-        count = getattr(self.backbone.config, "num_class_embeds", None)
-        if self.input_name != "class_labels" or count is None:
-            return None
-        null = self.pipeline.config.get("null_class")
-        return count if null is None else count - 1
+    def _plain_condition(self, entries: list[Any]) -> Condition:
+        """As the pipeline encodes without guidance: no null condition."""
+        found = self._found
+        recording = self._first_calls(entries, found.off, negative=[self._runner.negative] * len(entries))
+        return Condition(self._values(recording, found.understood.copies, len(entries))[found.understood.kept])
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the decoded images."""
-        channels, height, width = self.sample_shape
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is None:
-            return channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return vae.config.out_channels, height * factor, width * factor
+    def _first_calls(
+        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
+    ) -> Recording:
+        """Everything up to the backbone's first calls, which are answered without being computed."""
+        found = self._found
+        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
+        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=answers)
 
-    def guided(self, scale: float) -> Denoiser:
-        """The teacher under classifier-free guidance of the given scale (1: none)."""
-        return self.denoiser if scale == 1 else Guided(self.denoiser, scale)
+    def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
+        """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
+        found = self._found
+        fed = {path for companion, _ in found.companions for path in companion.feeds}
+        parts: list[dict[str, Tensor | list[Any]]] = []
+        everyone = [("", found.network, found.understood), *((f"{c.name}:", c.name, u) for c, u in found.companions)]
+        for prefix, network, understood in everyone:
+            singles = [
+                values_of(single, understood, batch) for call in recording.first_calls(network)
+                for single in copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, copies)
+            ]
+            parts = parts or [{} for _ in singles]
+            for i, part in enumerate(parts):
+                single = singles[min(i, len(singles) - 1)]  # a companion may run once for both
+                part |= {f"{prefix}{k}": v for k, v in single.items() if prefix + k not in fed}
+        return parts
 
-    # -- sampling and images ----------------------------------------------------------------------------------------
+    # -- sampling ---------------------------------------------------------------------------------------------------
 
     def noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Unit-variance noise of the backbone's shape, drawn as the pipelines draw theirs."""
+        """Unit-variance noise of the sample's shape, drawn as the pipelines draw theirs."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
+
+    def scheduler(self, steps: int) -> Any:
+        """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
+        recording = self._first_calls([self.placeholder()], self._found.off, steps=steps)
+        return copy.deepcopy(recording.scheduler)  # the next recording sets the pipeline's own to other steps
 
     @torch.no_grad()
     def sample(
@@ -265,54 +193,86 @@ class Teacher:
             noise: unit-variance noise; the scheduler's ``init_noise_sigma`` is applied here.
             generator: for schedulers that draw noise at each step.
         """
-        scheduler = self.pipeline.scheduler
-        denoiser = self.guided(guidance)
-        scheduler.set_timesteps(steps, device=self.device)
-        x = noise * scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        for timestep in scheduler.timesteps:
-            t = self.denoiser.schedule.from_model_time(timestep)
-            prediction = denoiser.predict(scheduler.scale_model_input(x, timestep), t, condition)
-            x = scheduler.step(prediction.value, timestep, x, **extra).prev_sample
+        scheduler = self.scheduler(steps)
+        return self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+
+    @torch.no_grad()
+    def _drive(
+        self, scheduler: Any, condition: Condition, x: Tensor, guidance: float, generator: torch.Generator | None, visited: Sequence[Step] | None = None,
+    ) -> Tensor:
+        """The scheduler's own loop from x over its timesteps, with our ``Denoiser`` in the pipeline's place.
+
+        Args:
+            visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
+        """
+        denoiser, rows = self.guided(guidance), self._found.rows
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
+            t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
+            sample = rows(x)
+            scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+            value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
+            settings = {} if visited is None else visited[i].settings
+            x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
         return x
+
+    def _for_scheduler(self, prediction: Prediction) -> Tensor:
+        """What the pipeline would give its scheduler."""
+        kind, value = self._found.scheduler_kind, prediction.value
+        value = value if prediction.kind == kind else prediction.as_kind(kind).to(value.dtype)
+        return value if prediction.extra is None else torch.cat([value, prediction.extra], 1)
+
+    # -- images -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """The pipeline's way from samples to its decoder, found by probing; None for pixel-space pipelines."""
+        if not any(hasattr(c, "decode") and isinstance(c, nn.Module) for c in self.pipeline.components.values()):
+            return None
+        found = self._found
+        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
+
+        def run(x0: Tensor) -> None:
+            self._runner.run([self.placeholder()], found.off, answers=answers, override=lambda step: found.rows(x0))
+
+        return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Samples → images (batch, channels, height, width) in [0, 1]."""
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is not None:
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            x0 = vae.decode(x0.to(vae.dtype) / vae.config.scaling_factor + shift, return_dict=False)[0]
-        return (x0.float() / 2 + 0.5).clamp(0, 1)
+        decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) in [-1, 1] → x0 of the backbone's shape (a VAE's mean, scaled)."""
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is None:
-            return images
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        latents = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mean
-        return (latents - shift) * vae.config.scaling_factor
+        """Images (batch, channels, height, width) in [-1, 1] → x0 of the sample's shape (a VAE's mean, as the pipeline scales
+        and lays it out)."""
+        return images if self.autoencoder is None else self.autoencoder.encode(images)
+
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the decoded images."""
+        channels, height, width = self.decode(torch.zeros(1, *self.sample_shape, device=self.device)).shape[-3:]
+        return channels, height, width
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def check(self, tolerance: float = 1e-5) -> float:
-        """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the outputs.
+        """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the model outputs.
 
         Raises:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst = 0.0
-        for call, output, timestep in zip(self._recorded.calls, self._recorded.outputs, self._recorded.timesteps, strict=False):
-            values, _ = self._split(call, 1)
-            t = self.denoiser.schedule.from_model_time(timestep.double())
-            mine = self.denoiser.predict(call[self.denoiser.call.state], t, Condition(values)).value
-            target = output[:, : mine.shape[1]]
-            worst = max(worst, float((mine - target).abs().max()) / max(1.0, float(target.abs().max())))
+        worst, found = 0.0, self._found
+        off = next(iter(found.off.values()), 1.0)
+        for step in found.recorded.steps_of(found.network):
+            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
+            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
+            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
+            mine = self._for_scheduler(self.denoiser.predict(found.single(step.scaled), t, told))
+            worst = max(worst, _difference(mine, found.single(step.model_output)))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -320,19 +280,37 @@ class Teacher:
             )
         return worst
 
+    @torch.no_grad()
+    def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
+        """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
+        sample's largest value (but at least 1).
 
-def _is_condition(value: Any, batch: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), each step starts
+        from the pipeline's own.
+        """
+        found, single = self._found, self._found.single
+        arguments = dict(found.off)
+        if self.guidance is not None and guidance != 1:
+            arguments[self.guidance.argument] = guidance
+        theirs, later = torch.Generator().manual_seed(0), torch.Generator()
+
+        def note(recording: Recording) -> bool:
+            if not recording.steps_of(found.network) and recording.calls and len(recording.first_calls(found.network)) == 1:
+                later.set_state(theirs.get_state())  # what the pipeline draws after its initial noise, the scheduler draws
+            return False
+
+        negative = [self._runner.negative]  # also without guidance: the earlier stages of a cascade may be guided
+        recording = self._runner.run([self.placeholder()], arguments, steps=steps, stop=note, lenient=True, negative=negative, generator=theirs)
+        visited = recording.steps_of(found.network)
+        encode = self.condition if guidance != 1 else self._plain_condition
+        condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
+        if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
+            return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
+        return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
-def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
-    """(name, module) of the network that a pipeline calls at each step.
+PROBE_SCALE = 3.0  #: any guidance scale at which a pipeline encodes the null condition, too
 
-    Raises:
-        UserError: if it has none.
-    """
-    for name in _BACKBONES:
-        module = getattr(pipeline, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise UserError(f"{type(pipeline).__name__} has no backbone among {', '.join(_BACKBONES)}: it cannot be a teacher")
+
+def _difference(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))

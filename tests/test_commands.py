@@ -63,6 +63,21 @@ def test_sample_eval_and_export() -> None:
         assert Path("again", part).read_bytes() == Path(run, "student", part).read_bytes()
 
 
+def test_a_ladder_that_no_stock_scheduler_has_is_exported_with_a_pipeline_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small("quickstart"), "--set", "method.steps=2", "--set", "method.times=[1.0, 0.4]"]) == 0
+    assert "no stock scheduler samples this student at its times 1, 0.4" in capsys.readouterr().err
+    run = Path("runs/quickstart")
+    assert json.loads((run / "student" / "model_index.json").read_text())["_class_name"] == ["pipeline", "FewStepPipeline"]
+    pipeline = DiffusionPipeline.from_pretrained(run / "student", trust_remote_code=True)
+    assert pipeline.scheduler.timesteps.tolist() == [999, 399] and len(pipeline([3, 5]).images) == 2
+    assert main(["sample", str(run), "--out", "a.png"]) == 0  # the file is ours: no trust is asked for
+    for form, file in (("few-step", "few-step/pipeline.py"), ("diffusers", None)):
+        code = main(["export", str(run), "--to", form, "--max-shard-size", "100KB", "--variant", "bf16"])
+        assert (code, file is None or (run / file).is_file()) == (0 if file else 2, True)
+    assert sorted(p.name for p in (run / "few-step/unet").glob("*.bf16*")) != []
+    assert main(["sample", str(run / "few-step"), "--out", "b.png"]) == 0
+
+
 def test_lora_from_recipe_to_adapter() -> None:
     lora = ["student={weights: lora, lora: {rank: 4, alpha: 2}, ema: 0.5}", "output.export=[diffusers, lora]"]
     assert main([*small("quickstart"), *(a for s in lora for a in ("--set", s))]) == 0

@@ -9,7 +9,9 @@ from tiny import tiny_unet2d
 from torch import Tensor
 
 from distill.analytic import GaussianMixture, gaussian
-from distill.denoiser import Condition, Guided, Prediction, cat, flatten, guidance_embedding, unflatten
+from distill.call import flatten, unflatten
+from distill.denoiser import Condition, Prediction, cat, guidance_embedding
+from distill.guidance import Guided
 from distill.sampling import Sampler, uniform_ladder
 from distill.schedule import KINDS, CosineVP
 from distill.teacher import Teacher

@@ -76,8 +76,8 @@ class RatioNormalizer:
         index = ((t.to(r) - low) / (high - low) * self.bins).long().clamp(0, self.bins - 1)
         count = torch.zeros_like(bin_means).index_add_(0, index, torch.ones_like(r))
         total = torch.zeros_like(bin_means).index_add_(0, index, r)
-        seen = count > 0
-        bin_means[seen] = self.decay * bin_means[seen] + (1 - self.decay) * (total / count.clamp_min(1))[seen]
+        blended = self.decay * bin_means + (1 - self.decay) * total / count.clamp_min(1)
+        bin_means.copy_(torch.where(count > 0, blended, bin_means))
         return r / (bin_means[index] + 1e-6)
 
     def weight(self, divergence: Divergence, logits: Tensor, t: Tensor, bin_means: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser, Guided, Prediction, cat
+from distill.denoiser import Condition, Denoiser, Prediction, cat
+from distill.guidance import Guided
 from distill.losses.adversarial import discriminator_loss, generator_loss
 from distill.losses.divergence import Divergence, RatioNormalizer, divergence_weight
 from distill.losses.metrics import batch_mean_abs

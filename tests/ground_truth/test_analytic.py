@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distill.analytic import AffineGenerator, ExactCritic, ExactRatio, GaussianMixture, gaussian, ring
-from distill.denoiser import Condition, Guided
+from distill.denoiser import Condition
+from distill.guidance import Guided
 from distill.schedule import EDM, CosineVP, Flow
 
 SCHEDULES = [CosineVP(), EDM(sigma_max=20.0), Flow()]

@@ -8,27 +8,20 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny import perturb, tiny_stable_diffusion, tiny_unet2d, unet2d
+from tiny import tiny_stable_diffusion, tiny_student, tiny_unet2d, unet2d
 
 from distill.errors import UserError
 from distill.export import call_guidance, export_diffusers, export_lora, read_facts
 from distill.loading import load_pipeline
 from distill.resources import resource
-from distill.roles import LoRA, build_roles
-from distill.sampling import Sampler, uniform_ladder
+from distill.roles import LoRA
+from distill.sampling import Sampler
 from distill.student import Student
-from distill.teacher import Teacher
 
 FACTS: dict[str, Any] = {"method": "dmd2", "teacher_name": "owner/teacher"}
 
 
-def make(pipeline: Any, steps: int = 4, lora: LoRA | None = None, **sampler: Any) -> Student:
-    teacher = Teacher(pipeline)
-    width = 32 if "guidance_range" in sampler else 0
-    roles, adapters = build_roles(teacher, ["student", "critic"], lora, width)
-    perturb(roles.parameters("student"), 0.02)
-    perturb(roles.parameters("critic"), 0.3, seed=5)
-    return Student(teacher, roles.student, Sampler(uniform_ladder(steps), steps, **sampler), adapters)  # type: ignore[arg-type]
+make = tiny_student
 
 
 def difference(student: Student, pipeline: Any, inputs: list[Any], name: str | None, steps: int) -> float:
@@ -137,14 +130,14 @@ def test_the_student_itself_is_left_as_it_was(tmp_path: Path) -> None:
 def test_what_cannot_be_reproduced_is_not_written(tmp_path: Path) -> None:
     student = make(tiny_unet2d())
     student.sampler = Sampler((1.0, 0.9, 0.2), 3)
-    with pytest.raises(UserError, match="no stock scheduler visits"):
+    with pytest.raises(UserError, match="no stock scheduler samples this student at its times 1, 0.9, 0.2"):
         export_diffusers(student, tmp_path / "student", **FACTS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_difference_in_the_images_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student = make(tiny_unet2d())
-    monkeypatch.setattr("distill.export._merged", lambda s: unet2d(seed=7))
+    monkeypatch.setattr("distill.export.assembly.merged", lambda s: unet2d(seed=7))
     with pytest.raises(UserError, match="differs from the student"):
         export_diffusers(student, tmp_path / "student", **FACTS)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,150 @@
+"""A student as a diffusers folder or a LoRA that stock diffusers loads; proven by loading it and comparing the images.
+
+Everything is written into a folder beside the target and renamed at the end: a failed export leaves nothing behind.
+
+    export_diffusers   the teacher's class with a stock scheduler that was found to sample as the student does
+    export_few_step    the same weights in a class of the folder's own: any ladder of times, no arguments
+    export_lora        the adapter alone, in diffusers' names or in those of kohya and ComfyUI
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
+from distill.export import assembly, few_step, words
+from distill.export.assembly import carry_code
+from distill.export.calls import call_guidance, plain_call
+from distill.export.files import VARIANTS, check_shard_size, read_facts, to_variant, write_facts, writing
+from distill.export.lora import export_lora
+from distill.export.proof import prove, reload
+from distill.export.schedulers import NoStockScheduler, choose
+from distill.loading import FACTS, load_pipeline, quiet
+from distill.modelcard import license_of, model_card
+from distill.resources import find
+from distill.student import Student
+
+__all__ = [
+    "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "export_diffusers", "export_few_step", "export_lora",
+    "load_export", "read_facts",
+]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How weights are written.
+
+    Args:
+        max_shard_size: largest size of one file (``"5GB"``); diffusers' own default where None.
+        variant: ``"fp16"`` or ``"bf16"``: in half precision, under that variant's file names.
+    """
+
+    max_shard_size: str | None = None
+    variant: str | None = None
+
+
+def export_diffusers(
+    student: Student, folder: Path, *, method: str, teacher_name: str, metrics: Sequence[dict[str, Any]] | None = None,
+    overwrite: bool = False, format: Format = Format(),
+) -> None:
+    """Write the student as a folder of the teacher's pipeline class; a LoRA student is merged into a copy of its backbone.
+    The few-step pipeline file is laid beside it, for those who want ``pipe(prompt)`` to need no arguments.
+
+    Raises:
+        NoStockScheduler: if no stock scheduler reproduces the sampler.
+        UserError: if the folder cannot be written, or it holds something that is not an export (or is one, and
+            ``overwrite`` is not set); if what was written is not the student.
+    """
+    check_shard_size(format.max_shard_size)
+    with writing(folder, overwrite) as temporary:
+        backbone = assembly.merged(student)
+        stock = choose(student, lambda scheduler: assembly.assemble(student, student.denoiser.backbone, scheduler))
+        pipeline = assembly.assemble(student, backbone, stock.scheduler)
+        code = _save(pipeline, temporary, format)
+        said: dict[str, Any] = {"form": "diffusers", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
+        said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
+        no_arguments = _needs_no_arguments(pipeline)
+        if not no_arguments:
+            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, stock.plain), code)
+        write_facts(temporary, student.sampler, **said)
+        arguments = {} if no_arguments else {"num_inference_steps": student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
+        note = words.seed_note(stock.generator_used, student.sampler.gamma, student.sampler.steps)
+        load = words.load_stock(folder, pipeline, code=code, dtype=format.variant, call=note + words.call_code(student, arguments))
+        also = None if no_arguments else words.load_few_step(folder, pipeline, student, format.variant, named=False)
+        (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, also), encoding="utf-8")
+        changed = (student.teacher.backbone_name, "scheduler")
+        loaded = reload(temporary, pipeline, student, changed=changed, code=code, few_step=False, variant=format.variant)
+        prove(student, loaded, "the exported pipeline", stock.plain, stock.calls, half=format.variant is not None)
+
+
+def export_few_step(
+    student: Student, folder: Path, *, method: str, teacher_name: str, metrics: Sequence[dict[str, Any]] | None = None,
+    overwrite: bool = False, format: Format = Format(),
+) -> None:
+    """Write the student as a folder whose pipeline class lies in it (pipelines/few_step.py on top of the teacher's class):
+    any ladder of times, and a call that needs no arguments. It loads with ``trust_remote_code=True`` only, so that nobody
+    samples it with the wrong scheduler.
+
+    Raises:
+        UserError: as for ``export_diffusers``.
+    """
+    check_shard_size(format.max_shard_size)
+    with writing(folder, overwrite) as temporary:
+        # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
+        pipeline = assembly.assemble(student, assembly.merged(student), student.teacher.pipeline.scheduler)
+        code = _save(pipeline, temporary, format)
+        plain = plain_call(student, pipeline)
+        said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
+        said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
+        few_step.name_class(temporary)
+        write_facts(temporary, student.sampler, **said)
+        load = words.load_few_step(folder, pipeline, student, format.variant, named=True)
+        (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, None), encoding="utf-8")
+        changed = (student.teacher.backbone_name, "scheduler")
+        loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
+        every = range(1, len(student.sampler.times) + 1)
+        prove(student, loaded, "the exported pipeline", plain, {n: {} for n in every}, half=format.variant is not None)
+
+
+def load_export(folder: Path, **options: Any) -> Any:
+    """An exported pipeline that samples right with nothing but a number of steps: the stock class where that suffices, else
+    the few-step class. Options as for ``load_pipeline``.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    facts = read_facts(folder) or {}
+    variant = next((v for v in VARIANTS if any(folder.rglob(f"*.{v}*.safetensors"))), None)
+    return load_pipeline(folder, variant=variant, few_step=any((facts.get("calls") or {}).values()), **options)
+
+
+def _save(pipeline: Any, folder: Path, format: Format) -> bool:
+    """Weights, configurations and the code of classes that no library has; whether there was such code."""
+    with quiet():
+        try:
+            pipeline.save_pretrained(folder, safe_serialization=True, variant=format.variant, max_shard_size=format.max_shard_size)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"{type(pipeline).__name__} cannot be saved: {str(error).splitlines()[0]}") from error
+    if format.variant:
+        to_variant(folder, format.variant)
+    code = assembly.own_code(pipeline)
+    if code:
+        assembly.carry_own_code(folder, pipeline)
+    return code
+
+
+def _needs_no_arguments(pipeline: Any) -> bool:
+    """Whether the class takes steps and guidance from its own configuration, as the toolkit's do."""
+    return "num_inference_steps" in pipeline.config and "guidance_scale" in pipeline.config
+
+
+def _card(student: Student, method: str, teacher_name: str, load: str, metrics: Sequence[dict[str, Any]] | None, also: str | None) -> str:
+    text = student.teacher.input_name == "prompt"
+    return model_card(
+        title=f"{Path(teacher_name).name}, distilled", method=method, teacher_name=teacher_name, sampler=student.sampler,
+        load=load, also=also, pipeline_tag="text-to-image" if text else "unconditional-image-generation", lora=False,
+        license=license_of(find(teacher_name)), metrics=metrics,
+    )

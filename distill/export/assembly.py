@@ -1,0 +1,140 @@
+"""The student's pipeline: the teacher's, around another backbone and scheduler; and the code that such a pipeline needs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from distill.errors import UserError
+from distill.loading import SHIPPED_PIPELINES, quiet, shipped_pipeline
+from distill.resources import resource
+from distill.student import Student
+
+
+def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
+    """The teacher's pipeline around another backbone and scheduler; everything else is shared, nothing is copied.
+
+    A bare ``UNet2DModel`` gets the toolkit's own pixel-space pipeline: the stock ones (``DDIMPipeline``) force a scheduler
+    of theirs.
+    """
+    pipeline = student.teacher.pipeline
+    if is_pixel_unet(pipeline):
+        null = pipeline.config.get("null_class")
+        made = shipped_pipeline("UNet2DPipeline")(backbone, scheduler, num_inference_steps=student.sampler.steps, guidance_scale=1.0, null_class=null)
+    else:
+        made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, "scheduler": scheduler})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def is_pixel_unet(pipeline: Any) -> bool:
+    """Whether it is a bare ``UNet2DModel`` in a class of diffusers' or the toolkit's own (a user's class is kept)."""
+    from diffusers import UNet2DModel
+
+    known = type(pipeline).__name__ in SHIPPED_PIPELINES or not _foreign(type(pipeline))
+    return known and set(pipeline.components) <= {"unet", "scheduler"} and type(pipeline.components.get("unet")) is UNet2DModel
+
+
+def remake(cls: type[Any], pipeline: Any, parts: Mapping[str, Any]) -> Any:
+    """A pipeline of the class from the given parts and another pipeline's configuration."""
+    parameters = inspect.signature(cls.__init__).parameters
+    arguments = {k: v for k, v in parts.items() if k in parameters}
+    arguments |= {k: pipeline.config[k] for k in parameters if k not in arguments and k in pipeline.config}
+    with quiet():
+        return cls(**arguments)
+
+
+def merged(student: Student) -> nn.Module:
+    """The backbone with the student's adapter merged, on a copy; the backbone itself for full weights."""
+    return student.denoiser.backbone if student.adapters is None else _without_adapters(student, merge=True)
+
+
+def bare(student: Student) -> nn.Module:
+    """A copy of a LoRA student's backbone with all adapters taken off: the teacher's."""
+    return _without_adapters(student, merge=False)
+
+
+def _without_adapters(student: Student, merge: bool) -> nn.Module:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    backbone = copy.deepcopy(student.denoiser.backbone)
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            if merge:
+                layer.merge(safe_merge=False, adapter_names=["student"])
+            parent, _, attribute = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), attribute, layer.get_base_layer())
+    if hasattr(backbone, "peft_config"):
+        del backbone.peft_config
+    return backbone.requires_grad_(False)
+
+
+# -- code that travels --------------------------------------------------------------------------------------------------
+
+
+def own_code(pipeline: Any) -> bool:
+    """Whether the pipeline's class, or that of one of its parts, is not one of the libraries'."""
+    return bool(_foreign(type(pipeline)) or any(_foreign(type(part)) for part in pipeline.components.values()))
+
+
+def _foreign(cls: type) -> bool:
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    return cls.__module__.split(".")[0] not in {*LOADABLE_CLASSES, "builtins"}
+
+
+def carry_own_code(folder: Path, pipeline: Any) -> None:
+    """Copy the files of the classes that no library has, and name them in model_index.json, as diffusers expects.
+
+    Raises:
+        UserError: if a class has no file of its own.
+    """
+    stem = carry_pipeline(folder, pipeline)
+    if stem:
+        edit_index(folder, {"_class_name": [stem, type(pipeline).__name__]})
+    for part_name, part in pipeline.components.items():
+        if _foreign(type(part)):
+            source = _source(type(part))
+            shutil.copyfile(source, folder / part_name / source.name)
+            edit_index(folder, {part_name: [source.stem, type(part).__name__]})
+
+
+def carry_pipeline(folder: Path, pipeline: Any) -> str | None:
+    """Copy the file of the pipeline's class into the folder, if no library has it; its name without .py."""
+    name = type(pipeline).__name__
+    if name in SHIPPED_PIPELINES:
+        shutil.copyfile(resource(f"pipelines/{SHIPPED_PIPELINES[name]}.py"), folder / f"{SHIPPED_PIPELINES[name]}.py")
+        return SHIPPED_PIPELINES[name]
+    if not _foreign(type(pipeline)):
+        return None
+    source = _source(type(pipeline))
+    shutil.copyfile(source, folder / source.name)
+    return source.stem
+
+
+def _source(cls: type) -> Path:
+    try:
+        return Path(inspect.getfile(cls))
+    except (TypeError, OSError):
+        raise UserError(f"{cls.__name__} has no Python file that could travel with the student: define it in one") from None
+
+
+def carry_code(folder: Path, class_name: str) -> None:
+    """Copy the file of one of the toolkit's pipelines into the folder and name it in model_index.json."""
+    stem = SHIPPED_PIPELINES[class_name]
+    shutil.copyfile(resource(f"pipelines/{stem}.py"), folder / f"{stem}.py")
+    edit_index(folder, {"_class_name": [stem, class_name]})
+
+
+def edit_index(folder: Path, changes: dict[str, Any]) -> None:
+    """Change entries of model_index.json."""
+    index = folder / "model_index.json"
+    facts = json.loads(index.read_text()) | changes
+    index.write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,0 +1,60 @@
+"""How the exported pipeline is called: the arguments beside prompt and number of steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill.sampling import Sampler
+from distill.student import Student
+
+#: Arguments of every call of an exported pipeline, whatever the number of steps: guidance off or as trained, the size.
+Plain = Mapping[str, Any]
+GUIDANCE_OFF = {"guidance_scale": 1.0, "true_cfg_scale": 1.0}
+
+
+def call_guidance(sampler: Sampler) -> float:
+    """The ``guidance_scale`` to call the exported pipeline with: 1 where it is folded in, else the middle of the range."""
+    return 1.0 if sampler.guidance_range is None else sum(sampler.guidance_range) / 2
+
+
+def takes(pipeline: Any, *names: str) -> bool:
+    """Whether the pipeline's call has all of these arguments."""
+    return set(names) <= inspect.signature(pipeline.__call__).parameters.keys()
+
+
+def guidance_off(student: Student, pipeline: Any) -> dict[str, float]:
+    """The arguments that switch guidance off, as the teacher found them: it is folded into the student."""
+    off = getattr(student.teacher, "_off", None)
+    return {k: float(v) for k, v in (GUIDANCE_OFF if off is None else off).items() if takes(pipeline, k)}
+
+
+def plain_call(student: Student, pipeline: Any) -> dict[str, Any]:
+    """The teacher's own fixed arguments, and guidance as the student was trained for it."""
+    plain = dict(getattr(student.teacher, "call", None) or {}) | guidance_off(student, pipeline)
+    if student.sampler.guidance_range is not None:
+        plain["guidance_scale"] = call_guidance(student.sampler)
+    return {k: v for k, v in plain.items() if k not in ("num_inference_steps", "generator", "output_type")}
+
+
+def probe_inputs(student: Student) -> list[Any]:
+    """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once (and the teacher's
+    fixed arguments are no tensors or images for one sample)."""
+    teacher = student.teacher
+    fixed = (getattr(teacher, "call", None) or {}).values()
+    several = getattr(teacher, "_batched", True) and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed)
+    several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")
+    return [student.teacher.placeholder()] * (2 if several else 1)
+
+
+def call_arguments(student: Student, pipeline: Any, inputs: Sequence[Any], steps: int, plain: Plain) -> dict[str, Any]:
+    """All arguments for so many steps, but the generator; images come back as an array."""
+    name = student.teacher.input_name
+    what: dict[str, Any] = {}
+    if name is not None:
+        what[name] = inputs[0] if name == "prompt" and len(inputs) == 1 else list(inputs)  # some take one prompt only
+    elif takes(pipeline, "batch_size"):
+        what["batch_size"] = len(inputs)
+    settings = {"num_inference_steps": steps, "output_type": "np"}
+    return {**plain, **what, **{k: v for k, v in settings.items() if takes(pipeline, k)}}

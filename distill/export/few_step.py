@@ -1,0 +1,81 @@
+"""The few-step pipeline file: ``pipelines/few_step.py`` with the teacher's class and the student's settings filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.export.assembly import edit_index, remake
+from distill.export.calls import Plain, guidance_off
+from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
+from distill.sampling import way_point
+from distill.schedule import Flow
+from distill.student import Student
+
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+
+
+def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
+    """The student's settings as the file holds them: the ladder as a table, and the arguments of the call.
+
+    Raises:
+        UserError: for a kind of prediction that the file's sampler does not know.
+    """
+    sampler, schedule, kind = student.sampler, student.denoiser.schedule, student.denoiser.kind
+    prediction_type = "flow_prediction" if kind == "velocity" and isinstance(schedule, Flow) else PREDICTION_TYPES.get(kind)
+    if prediction_type is None:
+        raise UserError(f"the few-step pipeline file knows no {kind} prediction on a {type(schedule).__name__} schedule")
+    times = torch.tensor(sampler.times, dtype=torch.float64)
+    ways = torch.tensor([way_point(schedule, t, sampler.gamma) for t in sampler.times], dtype=torch.float64)
+    (alphas, sigmas), (way_alphas, way_sigmas) = schedule.alpha_sigma(times), schedule.alpha_sigma(ways)
+    if sampler.gamma == 1:  # clean data, also where the schedule ends a little above it
+        way_alphas, way_sigmas = torch.ones_like(ways), torch.zeros_like(ways)
+    call = {"num_inference_steps": sampler.steps, **{k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}}
+    fixed = [] if sampler.guidance_range else [name for name in guidance_off(student, student.teacher.pipeline) if name in call]
+    return {
+        "scheduler": {
+            "timesteps": _rounded(schedule.model_time(times)), "alphas": alphas.tolist(), "sigmas": sigmas.tolist(),
+            "way_alphas": way_alphas.tolist(), "way_sigmas": way_sigmas.tolist(), "prediction_type": prediction_type,
+            "init_noise_sigma": float(schedule.initial_scale), "num_train_timesteps": schedule.train_steps,
+        },
+        "call": call,
+        "fixed": fixed,
+    }
+
+
+def _rounded(times: Tensor) -> list[float]:
+    """Times to nine digits: 999.0000000000001 is the timestep 999."""
+    return [float(f"{float(t):.9g}") for t in times]
+
+
+def write(folder: Path, stock: type, settings: Mapping[str, Any], carried: bool) -> dict[str, Any]:
+    """Write the file; answers what ``distill.json`` has to say of it.
+
+    Args:
+        carried: whether the stock class is defined in a file of the folder, not by diffusers.
+    """
+    stem = SHIPPED_PIPELINES.get(stock.__name__) or stock.__module__.rpartition(".")[2]
+    said = {"class": stock.__name__, "module": f".{stem}" if carried else "diffusers", "settings": dict(settings)}
+    (folder / FEW_STEP_FILE).write_text(few_step_source(said), encoding="utf-8")
+    return said
+
+
+def name_class(folder: Path) -> None:
+    """Make the file's class the one that the folder loads as."""
+    edit_index(folder, {"_class_name": [Path(FEW_STEP_FILE).stem, "FewStepPipeline"]})
+
+
+def remade(folder: Path, pipeline: Any) -> Any:
+    """A pipeline in the class of the folder's file, as diffusers finds it; its parts are shared."""
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+    with quiet():
+        cls = get_class_from_dynamic_module(str(folder), module_file=FEW_STEP_FILE, trust_remote_code=True)
+        made = remake(cls, pipeline, pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    return made

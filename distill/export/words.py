@@ -1,0 +1,63 @@
+"""The code lines of a model card: how to load the student and call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.export.proof import absent
+from distill.student import Student
+
+
+def call_code(student: Student, arguments: Mapping[str, Any]) -> str:
+    """``image = pipe(...)`` with the given arguments."""
+    name = student.teacher.input_name
+    first = {"prompt": '"a photograph of a cat"', "class_labels": "class_labels=[3]", None: "batch_size=1"}.get(name, f"{name}=…")
+    shown = "".join(f", {k}={_shown(v)}" for k, v in arguments.items())
+    return f"image = pipe({first}{shown}).images[0]"
+
+
+def _shown(value: Any) -> str:
+    """A value as source; images, tensors and the like are left to the reader."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_shown(v) for v in value) + "]"
+    return repr(value) if isinstance(value, (bool, int, str, type(None))) else "…"
+
+
+def seed_note(generator_used: bool, gamma: float, steps: int) -> str:
+    """A warning for pipelines whose sampling noise does not come from the call's generator."""
+    if generator_used or gamma == 0 or steps == 1:
+        return ""
+    return "# this class draws the noise of later steps from PyTorch's global generator: torch.manual_seed(0) for equal images\n"
+
+
+def load_stock(folder: Path, pipeline: Any, *, code: bool, dtype: str | None, call: str) -> str:
+    """Code that loads the stock pipeline."""
+    extra = "".join(f", {name}=None" for name in absent(pipeline))
+    extra += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
+    extra += ", trust_remote_code=True)  # runs the pipeline's file, which lies in the folder" if code else ")"
+    start = "import torch\n" if dtype else ""
+    return f'{start}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}\n{call}\n'
+
+
+def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | None, named: bool) -> str:
+    """Code that loads the few-step pipeline file.
+
+    Args:
+        named: whether model_index.json names the file's class, so that it need not be asked for.
+    """
+    variant = "".join(f", {name}=None" for name in absent(pipeline))
+    variant += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
+    path = folder.as_posix()
+    custom = "" if named else ', custom_pipeline="pipeline"'
+    return (
+        ("import torch\n" if dtype else "") + "from diffusers import DiffusionPipeline\n\n# pipeline.py lies in the folder and is run: read it first\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'
+    )
+
+
+def _torch_name(variant: str) -> str:
+    return {"fp16": "float16", "bf16": "bfloat16"}[variant]

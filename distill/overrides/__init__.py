@@ -1,0 +1,52 @@
+"""What recording cannot settle, one short entry per pipeline class. No network code.
+
+A user's own: ``teacher.override: package.module:OVERRIDE`` in a recipe, or ``Teacher(pipeline, override=Override(...))``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is known of a pipeline beforehand. Everything left out is inferred."""
+
+    network: str | None = None  #: the component that denoises
+    state: str | None = None  #: its argument that takes x_t
+    guidance: str | None = None  #: the argument of the pipeline's call that sets classifier-free guidance
+    guidance_off: float | None = None  #: its value that switches guidance off
+    constants: Mapping[str, Any] = field(default_factory=dict)  #: arguments of the network's call that are to be the same at every step
+    call: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the pipeline's call
+    why: str = ""  #: what could not be inferred
+
+
+_CACHED = "the first step fills a cache of the text's keys and values, which the others read: every call computes them here"
+OVERRIDES: dict[str, Override] = {
+    "QwenImage21Pipeline": Override(constants={"kv_cache": None, "kv_cache_mode": None}, why=_CACHED),
+    "UnCLIPPipeline": Override(network="decoder", why="its last stage is a super-resolution with two networks: what is distilled is the decoder"),
+    "UnCLIPImageVariationPipeline": Override(network="decoder", why="as for UnCLIPPipeline"),
+}
+
+
+def find_override(spec: str | None, pipeline_class: str) -> Override:
+    """The user's override, given by import path ``module:NAME``; else the toolkit's for the class; else an empty one.
+
+    Raises:
+        UserError: if the path leads to no Override.
+    """
+    if spec is None:
+        return OVERRIDES.get(pipeline_class, Override())
+    module, _, name = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"teacher.override: {spec} cannot be imported ({error}): give module:NAME") from None
+    if not isinstance(found, Override):
+        raise UserError(f"teacher.override: {spec} is a {type(found).__name__}, not a distill.overrides.Override")
+    return found

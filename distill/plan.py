@@ -1,0 +1,289 @@
+"""``distill plan``: what a run will take, from configuration files alone; nothing is downloaded, allocated or trained.
+
+The roles of the run are built on the meta device and one step of its method is weighed (``plan_trace.py``):
+
+    peak = weights + gradients + optimizer states + averaged weights + data + activations,   at the moment when the sum is largest
+
+Where that does not fit a GPU, settings that take less are tried in order of harm (``plan_advice.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import Config
+from distill.data.prompts import read_prompts
+from distill.denoiser import Condition
+from distill.methods.base import Batch
+from distill.plan_pipeline import hollow_teacher
+from distill.plan_trace import Precision, Scale, Trace, checkpoint_blocks, trace_step
+from distill.run import DTYPES, Parts, assemble
+from distill.teacher import Teacher
+
+GIB = 1 << 30
+#: States per parameter of each optimizer, in bytes where they do not have the parameter's type (8-bit: with its scales).
+STATES = {"adamw": 2, "adam": 2, "radam": 2, "sgd": 1}
+EIGHT_BIT = 2 * (1 + 4 / 256)
+#: Bytes per weight of a quantized teacher: the number and its share of a scale.
+QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64}
+#: Libraries of matrix products keep buffers on a GPU.
+CUDA_WORKSPACE = 64 << 20
+AVERAGED, OPTIMIZER, DATA = "averaged weights", "optimizer states", "data"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The settings of a recipe that trade memory for something, read where they are set."""
+
+    checkpointing: bool = False
+    offload: bool = False
+    quantize: str = "none"
+    ema_dtype: str = "float32"
+    ema_device: str = "same"
+
+    @classmethod
+    def of(cls, config: Config) -> Memory:
+        trainer, student, teacher = config.trainer, config.student, config.teacher
+        return cls(
+            bool(getattr(trainer, "gradient_checkpointing", False)), bool(getattr(trainer, "offload", False)),
+            str(getattr(teacher, "quantize", "none")), str(getattr(student, "ema_dtype", "float32")), str(getattr(student, "ema_device", "same")),
+        )
+
+
+@dataclass
+class Plan:
+    """What a run takes. Sizes in bytes, work in floating-point operations."""
+
+    pipeline: str
+    backbone: str
+    method: str
+    sample_shape: tuple[int, ...]
+    batch_size: int
+    accumulate: int
+    device: str
+    parameters: dict[str, dict[str, int]]  #: role → {"parameters", "trained"}
+    memory: dict[str, int]  #: part → bytes at the peak
+    during: str  #: what runs at the peak
+    calls: list[dict[str, Any]]  #: role, batch, forwards per step
+    updates: dict[str, int]  #: role → updates per step
+    flops: dict[str, int]  #: what → floating-point operations per step
+    disk: dict[str, int]
+    before: dict[str, int]  #: on the device before training: encoders that make the conditions
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "peak": self.peak, "flops_per_step": sum(self.flops.values())}
+
+
+def make_plan(config: Config, device: str | None = None, memory: Memory | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        device: "cuda" or "cpu"; what the recipe means here if not given.
+        memory: in place of the recipe's own settings.
+
+    Raises:
+        UserError: if the teacher's configuration cannot be found or understood.
+    """
+    memory = memory or Memory.of(config)
+    device = device or ("cuda" if config.trainer.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    teacher = hollow_teacher(config.teacher.pipeline, DTYPES[config.teacher.dtype], config.teacher.revision)
+    return plan_of(config, teacher, device, memory)
+
+
+def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Plan:
+    """The plan of a run whose teacher is built already; its backbone is used up."""
+    with torch.device("meta"):
+        parts = assemble(_without_hardware(config), teacher)
+    roles, settings = parts.roles, config.trainer
+    precision = Precision({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision], device == "cuda")
+    for network in _backbones(parts) if memory.checkpointing else ():
+        checkpoint_blocks(network, parts.adapters.layers if parts.adapters else [], precision)
+    condition = teacher.condition([teacher.placeholder()])
+    samples, inputs = _data_size(config, teacher)
+    one_condition = sum(_nbytes(v) for v in (*condition.values.values(), *(condition.null or {}).values()))
+    one_sample = _product(teacher.sample_shape) * torch.empty((), dtype=teacher.denoiser.dtype).element_size()
+    data = inputs * one_condition + (samples * one_sample if config.method.needs_images() else 0)
+    weights = _weights(parts)
+    away = _idle(parts, weights) if memory.offload else {}
+    notes: list[str] = []
+
+    def standing(scale: Scale) -> None:
+        for tag, tensors in weights.items():
+            for tensor in tensors:
+                scale.add(tensor, tag)
+        for tag, size in away.values():
+            scale.hold(tag, -size)
+        scale.forget()
+        scale.hold(OPTIMIZER, sum(_state_bytes(config, role, roles.parameters(role)) for role in roles.trained()))
+        if config.student.ema and memory.ema_device == "same":
+            scale.hold(AVERAGED, _averaged_bytes(roles.parameters("student"), memory))
+        scale.hold(DATA, data)
+
+    batches = [_batch(config, teacher, condition) for _ in range(min(settings.accumulate, 2))]
+    try:
+        trace = trace_step(config.method, roles, batches, standing, precision, away)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error).lower():
+            raise
+        scale = Scale()
+        standing(scale)
+        trace = Trace(dict(scale.alive), during="activations are not estimated")
+        reason = f"a step of {config.method.name} on {type(teacher.backbone).__name__} looks at values, which a plan does not have"
+        notes.append(f"activations and work are not estimated: {reason} ({str(error).splitlines()[0][:100]})")
+    factor = settings.accumulate / len(batches)
+    peak = dict(trace.peak)
+    if memory.quantize != "none":
+        teachers = next(iter(weights))
+        peak[teachers] = max(0, peak[teachers] - _quantization_saves(weights[teachers], memory.quantize))
+    if device == "cuda":
+        peak["workspaces"] = CUDA_WORKSPACE
+    return Plan(
+        type(teacher.pipeline).__name__, type(teacher.backbone).__name__, config.method.name, teacher.sample_shape, settings.batch_size, settings.accumulate,
+        device, _parameters(parts), {k: v for k, v in peak.items() if v}, trace.during,
+        [{"role": role, "batch": batch, "forwards": round(count * factor)} for (role, batch), count in sorted(trace.forwards.items())],
+        {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in trace.flops.items()},
+        _disk(config, parts, data), _encoders(teacher), notes,
+    )
+
+
+# -- sizes --------------------------------------------------------------------------------------------------------------
+
+
+def _weights(parts: Parts) -> dict[str, list[Tensor]]:
+    """Every tensor that stands by the role that it belongs to. The teacher's come first: what it shares is its own."""
+    shared = parts.adapters is not None
+    found: dict[str, list[Tensor]] = {("shared backbone" if shared else "teacher") + " weights": _tensors_of(parts.teacher.backbone)}
+    roles = parts.roles
+    for role in ("student", "critic", "target"):
+        network: Any = getattr(roles, role)
+        if network is not None:
+            found[f"{role} weights"] = list(roles.parameters(role)) if shared else _tensors_of(network.backbone)
+    if roles.discriminator is not None:
+        found["discriminator weights"] = _tensors_of(roles.discriminator)
+    seen: set[int] = set()
+    own = {id(p) for role in ("student", "critic", "target") for p in roles.parameters(role)} if shared else set()
+    for tag, tensors in found.items():
+        skip = own if tag.startswith(("shared", "teacher")) else set()
+        found[tag] = [t for t in tensors if id(t) not in skip and t.untyped_storage()._cdata not in seen]
+        seen |= {t.untyped_storage()._cdata for t in found[tag]}
+    return found
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _backbones(parts: Parts) -> list[nn.Module]:
+    networks: list[Any] = [getattr(parts.roles, role) for role in ("teacher", "student", "critic", "target")]
+    return list({id(n.backbone): n.backbone for n in networks if n is not None}.values())
+
+
+def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
+    count = {"teacher": sum(t.numel() for t in parts.teacher.backbone.parameters())}
+    roles = parts.roles
+    if parts.adapters is not None:
+        count["teacher"] -= sum(p.numel() for role in ("student", "critic", "target") for p in roles.parameters(role))
+    table = {"teacher": {"parameters": count["teacher"], "trained": 0}}
+    for role in ("student", "critic", "target", "discriminator"):
+        own = sum(p.numel() for p in roles.parameters(role))
+        network: Any = getattr(roles, role)
+        if network is not None:
+            whole = own if role == "discriminator" else sum(p.numel() for p in network.backbone.parameters())
+            table[role] = {"parameters": own if parts.adapters is not None else whole, "trained": own if role in roles.trained() else 0}
+    return table
+
+
+def _state_bytes(config: Config, role: str, parameters: list[nn.Parameter]) -> int:
+    name = config.optimizers.of(role).name
+    if "8bit" in name:
+        return round(EIGHT_BIT * sum(p.numel() for p in parameters))
+    return sum(STATES.get(name, 2) * p.numel() * p.element_size() for p in parameters)
+
+
+def _averaged_bytes(parameters: list[nn.Parameter], memory: Memory) -> int:
+    return sum(p.numel() * (2 if memory.ema_dtype == "bfloat16" else p.element_size()) for p in parameters)
+
+
+def _quantization_saves(weights: list[Tensor], bits: str) -> int:
+    """Bytes: the matrices (of linear layers) are quantized, convolutions and norms are not."""
+    matrices = [t for t in weights if t.dim() == 2]
+    return sum(t.nbytes for t in matrices) - round(QUANTIZED[bits] * sum(t.numel() for t in matrices))
+
+
+def _idle(parts: Parts, weights: Mapping[str, list[Tensor]]) -> dict[str, tuple[str, int]]:
+    """role → (part, bytes) of the weights that wait on the CPU with ``trainer.offload``: never those of a shared backbone."""
+    tags = {role: f"{role} weights" for role in ("teacher", "target")}
+    return {role: (tag, sum(t.nbytes for t in weights[tag])) for role, tag in tags.items() if parts.adapters is None and tag in weights}
+
+
+def _data_size(config: Config, teacher: Teacher) -> tuple[int, int]:
+    """(real samples, different inputs) that stay on the device."""
+    section = config.data
+    if section.source == "digits":
+        from distill.data.digits import load_digits
+
+        return len(load_digits(section.split)[0]), teacher.classes or 1
+    if section.source == "images":
+        from distill.data.images import list_folder
+
+        assert section.path is not None
+        paths, inputs = list_folder(section.path.expanduser(), teacher.input_name, teacher.classes)
+        return len(paths), len(set(inputs))
+    if section.source == "prompts":
+        assert section.path is not None
+        return 0, len(set(read_prompts(section.path.expanduser())))
+    return 0, teacher.classes or 1
+
+
+def _disk(config: Config, parts: Parts, data: int) -> dict[str, int]:
+    """A checkpoint holds what is trained, its optimizers' states and the averages; the newest few are kept, and one is being written."""
+    roles = parts.roles
+    held = [p for role in (*roles.trained(), "target") for p in roles.parameters(role)]
+    averaged = _averaged_bytes(roles.parameters("student"), Memory.of(config)) if config.student.ema else 0
+    checkpoint = sum(p.nbytes for p in held) + averaged + sum(_state_bytes(config, role, roles.parameters(role)) for role in roles.trained())
+    exported = sum(p.nbytes for p in roles.parameters("student"))
+    return {"checkpoint": checkpoint, "checkpoints": checkpoint * (config.trainer.keep_checkpoints + 1), "cache": data, "export": exported}
+
+
+def _encoders(teacher: Teacher) -> dict[str, int]:
+    """Networks that make conditions and decode samples: on the device before and between training."""
+    parts = teacher.pipeline.components.items()
+    return {n: sum(t.nbytes for t in _tensors_of(m)) for n, m in parts if isinstance(m, nn.Module) and m is not teacher.backbone}
+
+
+def _batch(config: Config, teacher: Teacher, condition: Condition) -> Batch:
+    size, shape = config.trainer.batch_size, teacher.sample_shape
+    noise = torch.empty(size, *shape, device="meta")
+    x0 = torch.empty(size, *shape, device="meta", dtype=teacher.denoiser.dtype) if config.method.needs_images() else None
+    return Batch(noise, condition[[0] * size] if condition.values else condition, x0)
+
+
+def _without_hardware(config: Config) -> Config:
+    """The recipe without the settings that need real weights: their effect is a matter of arithmetic."""
+    teacher = config.teacher
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"quantize": "none"})}) if hasattr(teacher, "quantize") else config
+
+
+def _nbytes(value: Any) -> int:
+    return value.nbytes if isinstance(value, Tensor) else sum(v.nbytes for v in value if isinstance(v, Tensor))
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result
+
+
+__all__ = ["GIB", "Memory", "Path", "Plan", "make_plan", "plan_of", "replace"]

@@ -1,0 +1,222 @@
+"""What a pipeline does while it runs: every call of its networks and every step of its scheduler, in order.
+
+Nothing of the pipeline is replaced but, for the time of a recording, ``forward`` of its networks (to note arguments, or to
+answer without computing) and ``step``, ``scale_model_input`` and ``set_timesteps`` of its schedulers' classes: pipelines
+copy their schedulers, and look at the signatures of those functions, which therefore stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from distill.errors import UserError
+
+
+class Stop(Exception):
+    """Raised inside a pipeline that has shown enough."""
+
+
+@dataclass
+class NetworkCall:
+    """One call of one network: its arguments by name, and what it returned (None where it was not computed)."""
+
+    network: str
+    arguments: dict[str, Any]
+    output: Any = None
+
+
+@dataclass
+class Step:
+    """One step of the scheduler, and the network calls since the last one."""
+
+    calls: list[NetworkCall]
+    timestep: Tensor
+    sample: Tensor
+    scaled: Tensor  #: the sample as ``scale_model_input`` left it, if the pipeline asked for that
+    model_output: Tensor
+    result: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
+
+
+@dataclass
+class Recording:
+    """A pipeline's run."""
+
+    steps: list[Step] = field(default_factory=list)
+    calls: list[NetworkCall] = field(default_factory=list)  #: since the last step
+    scaled: Tensor | None = None
+    scheduler: Any = None  #: whose ``set_timesteps`` came last: the one that samples
+    result: Any = None  #: what the pipeline returned
+
+    def first_calls(self, network: str) -> list[NetworkCall]:
+        """A network's calls in the first step that it has a part in, finished or not."""
+        for calls in [*(s.calls for s in self.steps), self.calls]:
+            mine = [c for c in calls if c.network == network]
+            if mine:
+                return mine
+        return []
+
+    def steps_of(self, network: str | None) -> list[Step]:
+        """The steps that a network has a part in; all for None."""
+        return [s for s in self.steps if network is None or any(c.network == network for c in s.calls)]
+
+
+@contextmanager
+def record(
+    pipeline: Any, *, compute: int | None = None, answers: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
+    stop: Callable[[Recording], bool] | None = None, override: Callable[[Step], Tensor] | None = None,
+) -> Iterator[Recording]:
+    """Record what the pipeline does inside the block. ``Stop`` is raised inside it when ``stop`` says so.
+
+    Args:
+        compute: after so many scheduler steps the networks repeat their last answer instead of computing.
+        answers: network name → what it returns for its arguments, instead of computing.
+        stop: asked before each network call (which is noted, and not computed if it stops) and after each step.
+        override: the sample that a scheduler step shall result in, whatever the scheduler says.
+    """
+    recording = Recording()
+    last: dict[str, Any] = {}
+    scale_original = {c: c.scale_model_input for c in schedulers(pipeline) if hasattr(c, "scale_model_input")}
+
+    def forward_of(name: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            call = NetworkCall(name, _copy(_bound(signature, args, kwargs)))
+            recording.calls.append(call)
+            if stop is not None and stop(recording):
+                raise Stop
+            if answers is not None and name in answers:
+                call.output = answers[name](call.arguments)
+                return call.output
+            if compute is not None and len(recording.steps) >= compute and name in last:
+                return _copy(last[name])
+            output = original(*args, **kwargs)
+            call.output = last[name] = _copy(output)
+            return output
+
+        return forward
+
+    def step_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(self, *args, **kwargs).arguments
+            sample, output = given["sample"].clone(), given["model_output"].clone()
+            scaled = sample if recording.scaled is None else recording.scaled
+            if scaled.shape[1:] != sample.shape[1:]:  # the pipeline scaled it together with something else
+                scaled = scale_original[type(self)](self, sample, given["timestep"])
+            known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
+            settings = {k: v for k, v in given.items() if k not in known}
+            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
+            result = original(self, *args, **kwargs)
+            if override is not None:
+                result = _replaced(result, override(done))
+            done.result = _first(result).clone()
+            recording.steps.append(done)
+            recording.calls, recording.scaled, recording.scheduler = [], None, self
+            if stop is not None and stop(recording):
+                raise Stop
+            return result
+
+        return step
+
+    def scale_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            scaled: Tensor = original(self, sample, *args, **kwargs)
+            recording.scaled = scaled.clone()
+            return scaled
+
+        return scale_model_input
+
+    def set_of(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+            recording.scheduler = self
+            return original(self, *args, **kwargs)
+
+        return set_timesteps
+
+    wrappers = {"step": step_of, "scale_model_input": scale_of, "set_timesteps": set_of}
+    with ExitStack() as stack:
+        for name, module in networks(pipeline).items():
+            stack.enter_context(_swapped(module, "forward", forward_of(name, module, module.forward)))
+        for scheduler in schedulers(pipeline):
+            for attribute, wrap in wrappers.items():
+                if hasattr(scheduler, attribute):
+                    stack.enter_context(_swapped(scheduler, attribute, wrap(getattr(scheduler, attribute))))
+        yield recording
+
+
+def networks(pipeline: Any) -> dict[str, nn.Module]:
+    """The pipeline's networks by the names of its components."""
+    return {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
+
+
+def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
+    """The network that a pipeline most likely denoises with, before anything has run: the largest one that is no autoencoder
+    and no text or image encoder. (What really denoises is found by probing.)
+
+    Raises:
+        UserError: if it has none.
+    """
+    found = {k: v for k, v in networks(pipeline).items() if "encoder" not in k and not (hasattr(v, "encode") and hasattr(v, "decode"))}
+    if not found:
+        raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
+    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def schedulers(pipeline: Any) -> list[type]:
+    """The classes of the pipeline's schedulers."""
+    return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and hasattr(v, "step")))
+
+
+def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; those that land in **kwargs beside the others."""
+    bound = signature.bind(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD and name in bound:
+            bound |= bound.pop(name)
+    return dict(bound)
+
+
+def _copy(value: Any) -> Any:
+    """The same with every tensor copied: pipelines reuse buffers."""
+    return pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), value)
+
+
+def _first(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def _replaced(result: Any, sample: Tensor) -> Any:
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    result.prev_sample = sample
+    return result
+
+
+@contextmanager
+def _swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute set for the time of the block; an inherited one is seen again afterwards."""
+    had, old = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, old)
+        else:
+            delattr(owner, name)

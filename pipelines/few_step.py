@@ -1,0 +1,174 @@
+"""A few-step student in the class of its teacher: `pipe(prompt)` is right with no further argument. Needs diffusers alone.
+
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)  # runs this file
+    image = pipe("a red apple").images[0]
+
+The times that the student was trained for, its number of steps and its guidance are written below, whatever they are: no
+stock scheduler has to know them. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
+"""
+
+import functools
+import inspect
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+
+# Written by the export: the class that this one extends, and the student's settings.
+from diffusers import StableDiffusionPipeline as Stock
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+
+SETTINGS = {}
+# End of what the export writes.
+
+logger = logging.get_logger("few_step")
+
+
+class FewStepScheduler(SchedulerMixin, ConfigMixin):
+    """Sample at a fixed ladder of times, or at some of them, evenly chosen from the top:
+
+        x0, eps = what the network says at the time t;   x_s = alpha_s x0 + sigma_s eps;   x_u = x_s with fresh noise up to u
+
+    where u is the next time and s ≤ u a way point: clean data (all of the noise is fresh), u itself (none is), or between.
+
+    Args:
+        timesteps: the ladder as the network is told it, falling.
+        alphas, sigmas: of x_t = alpha x0 + sigma noise at these times.
+        way_alphas, way_sigmas: the same at the way point below each of them.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction" (noise − x0, alpha = 1 − sigma).
+        init_noise_sigma: standard deviation of the first state.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        timesteps=(999,),
+        alphas=(0.0,),
+        sigmas=(1.0,),
+        way_alphas=(1.0,),
+        way_sigmas=(0.0,),
+        prediction_type="epsilon",
+        init_noise_sigma=1.0,
+        num_train_timesteps=1000,
+    ):
+        self.init_noise_sigma = init_noise_sigma
+        self.generator = None  # the fresh noise's, for pipelines that hand none to `step`
+        self.set_timesteps(len(timesteps))
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **others):
+        """Choose the times of an n-step sample. Of timesteps or sigmas that a pipeline passes, only the number counts."""
+        ladder = self.config.timesteps
+        given = num_inference_steps or len(timesteps if timesteps is not None else sigmas)
+        if not 1 <= given <= len(ladder):
+            raise ValueError(f"this student samples in 1 to {len(ladder)} steps, not {given}")
+        self.num_inference_steps = given
+        self._chosen = [i * len(ladder) // given for i in range(given)]
+        whole = self.config.prediction_type != "flow_prediction" and all(float(t).is_integer() for t in ladder)
+        times = torch.tensor([ladder[i] for i in self._chosen], dtype=torch.float64)
+        self.timesteps = times.to(device, torch.int64 if whole else torch.float32)
+        self.sigmas = torch.tensor([*(self.config.sigmas[i] for i in self._chosen), 0.0])
+        self._step_index = self._begin_index = None
+
+    @property
+    def step_index(self):
+        return self._step_index
+
+    @property
+    def begin_index(self):
+        return self._begin_index
+
+    def set_begin_index(self, begin_index=0):
+        self._begin_index = begin_index
+
+    def scale_model_input(self, sample, timestep=None):
+        return sample
+
+    def add_noise(self, original_samples, noise, timesteps):
+        """x_t of given samples at one of the ladder's times, for pipelines that start from an image."""
+        at = int((self.timesteps.cpu().double() - float(torch.as_tensor(timesteps).reshape(-1)[0])).abs().argmin())
+        i = self._chosen[at]
+        return self.config.alphas[i] * original_samples + self.config.sigmas[i] * noise
+
+    def scale_noise(self, sample, timestep, noise):
+        return self.add_noise(sample, noise, timestep)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True, **others):
+        """The state at the next time (after the last one: x0)."""
+        if self._step_index is None:
+            self._step_index = self._begin_index or 0
+        config, now = self.config, self._chosen[self._step_index]
+        dtype = torch.float32 if sample.device.type == "mps" else torch.float64
+        x, said = sample.to(dtype), model_output[:, : sample.shape[1]].to(dtype)  # a learned variance is left out
+        alpha, sigma = config.alphas[now], config.sigmas[now]
+        if config.prediction_type == "epsilon":
+            x0, eps = (x - sigma * said) / alpha, said
+        elif config.prediction_type == "v_prediction":
+            x0, eps = alpha * x - sigma * said, sigma * x + alpha * said
+        elif config.prediction_type == "flow_prediction":
+            x0, eps = x - sigma * said, x + (1 - sigma) * said
+        else:
+            x0, eps = said, (x - alpha * said) / sigma
+        self._step_index += 1
+        state = x0
+        if self._step_index < self.num_inference_steps:
+            after = self._chosen[self._step_index]
+            way_alpha, way_sigma = config.way_alphas[after], config.way_sigmas[after]
+            ratio = config.alphas[after] / way_alpha
+            variance = config.sigmas[after] ** 2 - (ratio * way_sigma) ** 2
+            state = ratio * (way_alpha * x0 + (way_sigma * eps if way_sigma else 0))
+            if variance > 1e-12:
+                generator = self.generator if generator is None else generator
+                fresh = randn_tensor(x.shape, generator, x.device, torch.float32)
+                state = state + variance**0.5 * fresh.to(dtype)
+        state = state.to(sample.dtype)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+
+    def __len__(self):
+        return self.config.num_train_timesteps
+
+
+class FewStepPipeline(Stock):
+    """The stock pipeline, sampling as the student was trained to."""
+
+    # A class attribute: two such files loaded in one process share their module's globals, not their classes.
+    settings = SETTINGS
+
+    @functools.wraps(Stock.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.scheduler, "generator") and "scheduler" in self.settings:
+            scheduler = FewStepScheduler(**self.settings["scheduler"])
+            others = {k: v for k, v in self.scheduler.config.items() if k not in scheduler.config and not k.startswith("_")}
+            scheduler.register_to_config(**others)  # pipelines read what they need of it
+            self.register_modules(scheduler=scheduler)
+
+    @functools.wraps(Stock.__call__)
+    def __call__(self, *args, **kwargs):
+        settings, stock = self.settings, super().__call__
+        signature = inspect.signature(stock)
+        given = signature.bind_partial(*args, **kwargs)
+        negative = given.arguments.get("negative_prompt")
+        if negative is not None and any([negative] if isinstance(negative, str) else negative):
+            logger.warning("negative_prompt has no effect: this student samples without guidance")
+        for name in settings.get("fixed", ()):
+            if given.arguments.get(name, settings["call"][name]) != settings["call"][name]:
+                logger.warning(f"{name} is {settings['call'][name]}: the teacher's guidance is part of this student's weights")
+                given.arguments[name] = settings["call"][name]
+        for name, value in settings.get("call", {}).items():
+            if given.arguments.get(name) is None:
+                given.arguments[name] = value
+        self.scheduler.generator = given.arguments.get("generator")
+        ordered = inspect.BoundArguments(signature, {n: given.arguments[n] for n in signature.parameters if n in given.arguments})
+        return stock(*ordered.args, **ordered.kwargs)
+
+    _parameters = inspect.signature(Stock.__call__).parameters.values()
+    __call__.__signature__ = inspect.Signature(
+        [p.replace(default=SETTINGS.get("call", {}).get(p.name, p.default)) for p in _parameters]
+    )
+
+
+del Stock  # diffusers wants one pipeline class in a file

@@ -73,8 +73,8 @@ def test_calls_and_updates_of_dmd2(sd: Path) -> None:
     assert plan.updates == {"student": 1, "critic": 2}
     assert plan.flops["student forward"] == plan.flops["critic forward"]
     assert plan.flops["teacher forward"] * 3 == plan.flops["student forward"] * 2
-    # A backward pass through weights and inputs is two products for each of the forward's (but the first layer's inputs need none).
-    assert 1.9 < plan.flops["critic backward"] / (plan.flops["critic forward"] * 2 / 3) < 2.0
+    # A backward pass through weights and inputs is two products for each of the forward's (but those of the first layer and of the text need none).
+    assert 1.7 < plan.flops["critic backward"] / (plan.flops["critic forward"] * 2 / 3) < 2.0
 
 
 def test_work_of_one_forward(sd: Path) -> None:

@@ -56,6 +56,7 @@ class GaussianMixture(Denoiser):
         if condition is None or "class_labels" not in condition.values:
             return prior
         labels = condition.values["class_labels"]
+        assert isinstance(labels, Tensor)
         chosen = torch.arange(len(self.means))[None] == labels[:, None]
         certain = torch.zeros_like(prior).masked_fill(~chosen, -math.inf)
         return torch.where((labels == len(self.means))[:, None], prior, certain)

@@ -49,7 +49,7 @@ class Layout:
             ValueError: if entries that one call shares differ.
         """
         if self.kind == "shared":
-            if any(not _same(entries[0], e) for e in entries[1:]):
+            if any(not same(entries[0], e) for e in entries[1:]):
                 raise ValueError("these samples cannot share a call: their conditions have different lengths")
             return entries[0]
         if self.kind == "listed":
@@ -100,7 +100,7 @@ class Call:
             state = self.enter(state, cast(rest) if isinstance(rest, Tensor) else None)
         flat: dict[str, Any] = dict(self.constants)
         for path, entries in values.items():
-            if path != REST:
+            if path != REST and ":" not in path:  # those with a colon are a companion's
                 layout = self.layouts.get(path, Layout())
                 flat[path] = layout.join(cast(entries) if isinstance(entries, Tensor) else [cast(e) for e in entries])
         layout = self.layouts.get(self.state, Layout())
@@ -108,6 +108,8 @@ class Call:
         for path, affine in self.times.items():
             layout = self.layouts.get(path, Layout())
             value = affine(time).float()
+            if layout.kind == "stacked" and layout.rows > 1:
+                value = value.unsqueeze(1).expand(-1, layout.rows, *value.shape[1:])
             flat[path] = layout.join(value if layout.kind == "stacked" else list(value))
         return flat
 
@@ -193,11 +195,17 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, tensors by type, shape and value."""
     if a is b:
         return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError, TypeError):
+        return False

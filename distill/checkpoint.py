@@ -123,18 +123,23 @@ def _sync(path: Path) -> None:
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """The per-parameter state of an optimizer, ``prefix.<parameter index>.<name>``."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items() for name, value in values.items() if value is not None
-    }
+    found: dict[str, Tensor] = {}
+    for index, values in state.items():
+        for name, value in values.items():
+            # bitsandbytes keeps what is quantised in a dictionary inside, with tables that all parameters share.
+            inner = {k: v.clone() for k, v in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {f"{prefix}.{index}.{k}": torch.as_tensor(v) for k, v in inner.items() if v is not None}
+    return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], prefix: str) -> None:
     """The inverse of ``optimizer_tensors``; learning rates are a function of the step and not stored."""
     current = optimizer.state_dict()
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix + "."):
             index, name = key[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[name] = value
+            # bitsandbytes counts its steps in a Python integer, and its kernels take nothing else.
+            counter = value.dim() == 0 and value.dtype == torch.int64
+            state.setdefault(int(index), {})[name] = int(value) if counter else value
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

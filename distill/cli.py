@@ -1,4 +1,4 @@
-"""The command line: ``distill train | plan | sample | eval | export | verify | methods``.
+"""The command line: ``distill train | plan | sample | eval | export | teachers | verify | methods``.
 
 Only this file talks to the user. Whatever a user can get wrong ends in one line on stderr and exit code 2.
 """
@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--divergence", action="append", help="of dmd2: check this one only (may repeat)")
     verify.set_defaults(run=_verify)
 
+    teachers = commands.add_parser("teachers", help="list the pipelines that were checked, or probe one of your own")
+    teachers.add_argument("path", nargs="?", help="pipeline folder or hub id: probe it and print what was found")
+    teachers.add_argument("--task", help="list this task only: text-to-image, …")
+    teachers.add_argument("--call", action="append", default=[], metavar="NAME=VALUE", help="further argument of the pipeline's call: height=512")
+    teachers.add_argument("--override", metavar="MODULE:NAME", help="what you know of the pipeline and probing does not")
+    teachers.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    teachers.add_argument("--trust-remote-code", action="store_true", help="run code that lies in the pipeline's folder; read it first")
+    teachers.set_defaults(run=_teachers)
+
     methods = commands.add_parser("methods", help="list the methods and their settings")
     methods.add_argument("name", nargs="?", help="show this method's settings")
     methods.set_defaults(run=_methods)
@@ -162,6 +171,17 @@ def _export(options: argparse.Namespace) -> int:
     from distill.commands import export
 
     return export(options.path, options.to, options.out)
+
+
+def _teachers(options: argparse.Namespace) -> int:
+    if options.path is None:
+        from distill.teachers import print_checked
+
+        print_checked(options.task)
+        return 0
+    from distill.commands import probe
+
+    return probe(options)
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -31,6 +31,7 @@ from distill.loading import load_pipeline
 from distill.resources import find
 from distill.run import DTYPES, is_run, load_student
 from distill.student import Student
+from distill.teacher import Teacher
 from distill.trainer import Interrupted, Trainer
 
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -90,6 +91,8 @@ def train(config: Config, resume: bool, overwrite: bool) -> int:
 def finish(trainer: Trainer, folder: Path) -> None:
     """Export the averaged student and, if the recipe asks for metrics, measure it beside its teacher and report."""
     config, student = trainer.config, trainer.parts.student
+    if config.teacher.quantize != "none" and student.adapters is not None:
+        student, _ = load_student(folder, trainer.device)  # the adapter on the teacher as it is
     with trainer.averaged():
         _export_all(config, student, folder, None)
         picture = _side_by_side(config, student, trainer.sample_inputs())
@@ -306,6 +309,20 @@ def evaluate(options: argparse.Namespace) -> int:
     print_table(rows)
     if options.out is not None:
         _write_text(options.out, json.dumps(rows, indent=2) + "\n")
+    return 0
+
+
+def probe(options: argparse.Namespace) -> int:
+    """``distill teachers PATH``: what probing finds in a pipeline."""
+    from distill import yamltree
+    from distill.overrides import find_override
+    from distill.teachers import print_description
+
+    call: dict[str, Any] = {}
+    for assignment in options.call:
+        yamltree.override(call, assignment)
+    pipeline = load_pipeline(options.path, device=device_of(options.device), trust_remote_code=options.trust_remote_code)
+    print_description(Teacher(pipeline, call, find_override(options.override, type(pipeline).__name__)))
     return 0
 
 

@@ -21,6 +21,7 @@ from distill.resources import find, resource
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Patterns = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]  #: names, globs or re:… (see selection.py)
 
 
 class Section(BaseModel):
@@ -34,9 +35,12 @@ class Teacher(Section):
     steps: Positive = 50  #: of its own sampler, where it is compared with the student
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  #: where it is compared; what the student learns is method.guidance_scale
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantize: Literal["none", "8bit", "4bit"] = "none"  #: its frozen weights, with bitsandbytes; with LoRA the student's backbone is this one
     revision: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False
+    call: dict[str, str | int | float | bool] = {}  #: further arguments of the pipeline's call, the same for every sample: height, width, …
+    override: str | None = None  #: module:NAME of a distill.overrides.Override: what probing cannot infer
 
 
 class LoRA(Section):
@@ -45,6 +49,7 @@ class LoRA(Section):
     rank: Positive = 64
     alpha: Annotated[float, Field(gt=0)] | None = None  #: strength = alpha / rank; equal to the rank if not given
     targets: Annotated[list[str], Field(min_length=1)] | None = None  #: layer names; every linear and convolution inside the blocks if not given
+    dora: bool = False  #: also train the magnitude of each layer's rows (DoRA)
 
 
 class Student(Section):
@@ -52,7 +57,13 @@ class Student(Section):
 
     weights: Literal["full", "lora"] = "full"
     lora: LoRA | None = None
+    train: Patterns | None = None  #: of full weights: the parameters to train, all others frozen and shared with the teacher
+    freeze: Patterns | None = None  #: of full weights: parameters not to train
+    #: settings of the backbone's config that make the student smaller, such as {num_layers: 6}
+    architecture: Annotated[dict[str, Any], Field(min_length=1)] | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999  #: decay of the averaged weights that are sampled and exported; 0 for none
+    ema_dtype: Literal["float32", "bfloat16"] = "float32"  #: bfloat16 is rounded at random, right on average
+    ema_device: Literal["same", "cpu"] = "same"  #: where the averaged weights are kept
 
 
 class Data(Section):
@@ -61,10 +72,12 @@ class Data(Section):
     source: Literal["digits", "images", "prompts", "none"] = "none"
     path: Path | None = None  #: of images (a folder) or prompts (a text or JSONL file)
     split: Literal["train", "all"] = "train"
+    cache: bool = True  #: keep encoded prompts and latents on disk, for the next run
+    cache_folder: Path | None = None  #: $DISTILL_CACHE or ~/.cache/distill if not given
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adam", "radam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "radam", "sgd", "adamw8bit"] = "adamw"
     lr: Rate = 1e-5
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -91,6 +104,9 @@ class Trainer(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False  #: torch.compile the backbones
+    gradient_checkpointing: bool = False  #: compute activations again in the backward pass: less memory, about a third slower
+    offload: bool = False  #: the teacher's (and target's) weights wait on the CPU between uses; no effect where the device is the CPU
+    attention: Literal["default", "sdpa", "flash", "xformers"] = "default"  #: the kernel of the backbones' attention
     log_every: Positive = 20
     sample_every: Annotated[int, Field(ge=0)] = 500  #: steps between sample grids; 0 for none
     sample_inputs: Annotated[list[str | int], Field(min_length=1)] | None = None  #: prompts or classes of the grid
@@ -273,6 +289,7 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     import torch
 
     from distill.evaluate.metrics import check_metric
+    from distill.impossible import impossible_memory, impossible_student
 
     method, data = config.method, config.data
     if method.needs_images() and data.source in ("none", "prompts"):
@@ -289,6 +306,8 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         yield ("data", "path"), f"source {data.source!r} takes no path"
     if config.student.weights == "lora" and method.guidance_embedding():
         yield ("method", "guidance_range"), "a LoRA student cannot be given a guidance embedding: fix guidance_scale, or set student.weights: full"
+    yield from impossible_student(config)
+    yield from impossible_memory(config)
     if config.student.weights == "full" and config.student.lora is not None:
         yield ("student", "lora"), "is set, but student.weights is full: set weights: lora, or leave it out"
     if "lora" in config.output.export and config.student.weights == "full":

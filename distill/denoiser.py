@@ -121,10 +121,11 @@ class Prediction:
 
     def __init__(
         self, value: Tensor, kind: Kind, x_t: Tensor, t: Tensor, schedule: NoiseSchedule,
-        features: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None, extra: Tensor | None = None,
     ) -> None:
         self.value, self.kind, self.x_t, self.t, self.schedule = value, kind, x_t, t, schedule
         self.features: Mapping[str, Tensor] = features or {}
+        self.extra = extra  #: channels beside the prediction, a learnt variance: some schedulers want them
 
     def as_kind(self, kind: Kind) -> Tensor:
         """(batch, ...) in float32, or in float64 where x_t is."""
@@ -178,23 +179,45 @@ class Denoiser(ABC):
         return ()
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A network that helps the backbone at each step and is never trained: a ControlNet, an adapter.
+
+    Its conditions lie beside the backbone's under its own name, ``controlnet:controlnet_cond``.
+    """
+
+    name: str
+    module: nn.Module
+    call: Call
+    feeds: Mapping[str, int]  #: the backbone's argument → which tensor of its answer
+
+    def outputs(self, x_t: Tensor, time: Tensor, values: Values, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What it tells the backbone, by the backbone's arguments."""
+        own = {k.removeprefix(f"{self.name}:"): v for k, v in values.items() if k.startswith(f"{self.name}:")}
+        answer = self.module(**unflatten(self.call.arguments(x_t, time, own, dtype)))
+        leaves = [v for v in pytree.tree_leaves(answer) if isinstance(v, Tensor)]
+        return {path: leaves[i] for path, i in self.feeds.items()}
+
+
 class BackboneDenoiser(Denoiser):
     """A diffusers backbone with its schedule and calling convention.
 
     Args:
         use: entered around each forward; selects the adapter of this role on a shared backbone.
         trained: name → parameter of what training changes; all of the backbone's where None.
+        companions: networks that run before each call and whose answers go into it.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
-        trained: Mapping[str, nn.Parameter] | None = None,
+        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (),
     ) -> None:
+        self.companions = companions
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
-        first = next(backbone.parameters())
-        self.dtype = first.dtype if first.is_floating_point() else torch.float32
+        # Quantised weights are integers: the dtype is that of the others.
+        self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by the names that the weights have on disk."""
@@ -207,10 +230,10 @@ class BackboneDenoiser(Denoiser):
         t = t.to(x_t.device).expand(len(x_t))
         with _catching(self.backbone, features) as caught, self.use():
             output = self.backbone(**self._arguments(x_t, t, condition))
-        value = self.call.answer(output, len(x_t))
-        if self.call.leave is None:
-            value = value[:, : x_t.shape[1]]
-        return Prediction(value, self.kind, x_t, t, self.schedule, caught)
+        value, extra = self.call.answer(output, len(x_t)), None
+        if value.dim() == x_t.dim() and value.shape[1] > x_t.shape[1]:
+            value, extra = value.split([x_t.shape[1], value.shape[1] - x_t.shape[1]], 1)
+        return Prediction(value, self.kind, x_t, t, self.schedule, caught, extra)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
         t = t.to(x_t.device).expand(len(x_t))
@@ -221,13 +244,15 @@ class BackboneDenoiser(Denoiser):
     def _arguments(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> dict[str, Any]:
         told = condition or Condition()
         flat = self.call.arguments(x_t, self.schedule.model_time(t), told.values, self.dtype)
-        if told.guidance is not None and self.call.guidance is not None:
+        scale = told.guidance if told.guidance is not None else torch.ones(len(x_t), device=x_t.device)
+        if self.call.guidance is not None:
             config: Any = self.backbone.config
-            flat[self.call.guidance] = guidance_embedding(told.guidance, int(config.time_cond_proj_dim)).to(self.dtype)
+            flat[self.call.guidance] = guidance_embedding(scale, int(config.time_cond_proj_dim)).to(self.dtype)
         if self.call.embedded is not None:
             path, affine = self.call.embedded
-            scale = told.guidance if told.guidance is not None else torch.ones(len(x_t), device=x_t.device)
             flat[path] = affine(scale).to(self.dtype)
+        for companion in self.companions:
+            flat |= companion.outputs(x_t, self.schedule.model_time(t), told.values, self.dtype)
         return unflatten(flat)
 
 

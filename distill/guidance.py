@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser, Prediction, cat, same_shapes
@@ -33,11 +34,6 @@ def token_norm(null: Tensor, cond: Tensor, w: Scale) -> Tensor:
     return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
-def sample_norm(null: Tensor, cond: Tensor, w: Scale) -> Tensor:
-    """Guided, then at most as long as the conditional answer, over all of a sample but its first axis (Lumina 2)."""
-    return token_norm(null, cond, w)
-
-
 def projected_zero(null: Tensor, cond: Tensor, w: Scale) -> Tensor:
     """CFG-Zero* (Fan et al. 2025): the unconditional answer scaled by its projection on the conditional one."""
     c, u = cond.flatten(1), null.flatten(1)
@@ -48,9 +44,11 @@ def projected_zero(null: Tensor, cond: Tensor, w: Scale) -> Tensor:
 RULES: dict[str, Rule] = {"plain": plain, "shifted": shifted, "token_norm": token_norm, "projected_zero": projected_zero}
 
 
-def find_rule(parts: list[Tensor], guided: Tensor, w: float, tolerance: float) -> tuple[str, int] | None:
+def find_rule(parts: list[Tensor], guided: Tensor, w: float, tolerance: float, channels: int | None = None) -> tuple[str, int] | None:
     """(rule, index of the conditional part) with which two answers give the guided one; None if no rule does."""
     size = max(1.0, float(guided.abs().max()))
+    if channels is not None:  # a learnt variance beside the prediction takes no part
+        parts, guided = [p[:, :channels] for p in parts], guided[:, :channels]
     for name, rule in RULES.items():
         for conditional in (1, 0):
             mine = rule(parts[1 - conditional].float(), parts[conditional].float(), w)
@@ -73,6 +71,9 @@ class Guided(Denoiser):
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
         if condition is None or (condition.guidance is None and self.scale == self.off):
             return self.denoiser.predict(x_t, t, condition, features)
+        if condition.null is None and _told_guidance(self.denoiser):  # a backbone that was taught it takes the scale itself
+            scale = condition.guidance if condition.guidance is not None else torch.full((len(x_t),), float(self.scale), device=x_t.device)
+            return self.denoiser.predict(x_t, t, condition.with_guidance(scale), features)
         told = condition.without_guidance()
         null_condition = told.unconditional()
         t = t.to(x_t.device).expand(len(x_t))
@@ -84,11 +85,17 @@ class Guided(Denoiser):
             null = self.denoiser.predict(x_t, t, null_condition).value
             both = self.denoiser.predict(x_t, t, told, features)
             cond, kept = both.value, dict(both.features)
+        extra = None if both.extra is None else both.extra[-len(x_t) :]
         w: Scale = self.scale
         if condition.guidance is not None:
             w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))
         # Plain guidance is affine with weights that sum to one, so it may be taken in the native parameterisation.
-        return Prediction(self.rule(null, cond, w), both.kind, x_t, t, self.schedule, kept)
+        return Prediction(self.rule(null, cond, w), both.kind, x_t, t, self.schedule, kept, extra)
+
+
+def _told_guidance(denoiser: Denoiser) -> bool:
+    call = getattr(denoiser, "call", None)
+    return call is not None and (call.embedded is not None or call.guidance is not None)
 
 
 def cat_twice(x: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ def caught_decoding(pipeline: Any) -> Iterator[None]:
     try:
         for name, component in pipeline.components.items():
             if isinstance(component, torch.nn.Module) and callable(getattr(component, "decode", None)) and callable(getattr(component, "encode", None)):
-                component.decode = _raising(name, component.decode)  # type: ignore[assignment]
-                replaced.append(component)
+                module: Any = component
+                module.decode = _raising(name, module.decode)
+                replaced.append(module)
         yield
     finally:
         for component in replaced:

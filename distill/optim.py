@@ -9,19 +9,28 @@ import torch
 from torch import nn
 
 from distill.config import Optimizer as Settings
+from distill.quantize import bitsandbytes
 
 
 def build_optimizer(settings: Settings, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimizer over one role's parameters; fused into one kernel where PyTorch has one."""
+    """An optimizer over one role's parameters: one fused kernel where PyTorch has it (CUDA, CPU), else its ``foreach`` loops.
+
+    Raises:
+        UserError: for ``adamw8bit`` without a bitsandbytes that loads.
+    """
     lr, betas, decay = settings.lr, settings.betas, settings.weight_decay
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+    how = {"fused": True} if fused else {"foreach": True}
+    if settings.name == "adamw8bit":
+        optimizer: torch.optim.Optimizer = bitsandbytes().optim.AdamW8bit(parameters, lr, betas, weight_decay=decay)
+        return optimizer
     if settings.name == "adamw":
-        return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, fused=fused)
+        return torch.optim.AdamW(parameters, lr, betas, weight_decay=decay, **how)
     if settings.name == "adam":
-        return torch.optim.Adam(parameters, lr, betas, weight_decay=decay, fused=fused)
+        return torch.optim.Adam(parameters, lr, betas, weight_decay=decay, **how)
     if settings.name == "radam":
         return torch.optim.RAdam(parameters, lr, betas, weight_decay=decay, foreach=True)
-    return torch.optim.SGD(parameters, lr, momentum=betas[0], weight_decay=decay)
+    return torch.optim.SGD(parameters, lr, momentum=betas[0], weight_decay=decay, **how)
 
 
 def rate_at(settings: Settings, step: int, steps: int) -> float:

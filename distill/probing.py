@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from distill.arrangement import Arrangement, View, find_inside, find_part
-from distill.call import REST, Affine, Call, Layout, first_tensor, flatten
+from distill.call import REST, Affine, Call, Layout, first_tensor, flatten, same
 from distill.recording import NetworkCall, Recording, Step
+from distill.schedule import KINDS, Kind, NoiseSchedule
 
 
 class NotUnderstood(Exception):
@@ -40,6 +42,8 @@ class Understanding:
     copies: int  #: how many times each sample lies in one call: 2 where a pipeline always doubles its batch
     kept: int  #: which of the copies is the model output
     whole: tuple[str, ...]  #: paths of per-sample lists
+    unexplained: tuple[str, ...] = ()  #: arguments that change from step to step for another reason
+    kind: Kind = "x0"  #: what the backbone predicts
 
 
 def understand(
@@ -52,32 +56,67 @@ def understand(
         other: the first call of another prompt, longer than that of ``one``.
         known: what an override says: "state" and "time", the names of arguments.
     """
-    steps = [s for s in one.steps if _calls(s, network)]
+    steps = one.steps_of(network)
     layouts, whole = _layouts(steps[0], two, other, network)
     flats = [flatten(_calls(s, network)[-1].arguments, whole) for s in steps]
-    changed = [path for path in flats[0] if any(not _equal(flats[0][path], f.get(path)) for f in flats[1:])]
+    changed = [path for path in flats[0] if any(not same(flats[0][path], f.get(path)) for f in flats[1:])]
     state, enter, copies = _state(flats, steps, layouts, [known["state"]] if "state" in known else changed, backbone, changed)
     layouts[state] = _per_copy(layouts.get(state, Layout()), copies)
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
     guidance = "timestep_cond" if "timestep_cond" in inspect.signature(backbone.forward).parameters and width else None
-    times = {}
+    times: dict[str, Affine] = {}
+    unexplained: list[str] = []
     for path in changed:
         if path != state:
             affine = _time(path, flats, steps, layouts, copies)
             if affine is None:
-                raise NotUnderstood(f"argument {path!r} of {type(backbone).__name__} changes from step to step, and is neither the state nor a time", "frozen")
+                unexplained.append(path)
+                continue
             times[path] = affine
-            if layouts.get(path, Layout("shared")).kind == "shared":
-                layouts[path] = Layout()
+            if layouts.get(path, Layout("shared")).kind == "shared":  # one time for all rows: a network takes one per row, too
+                layouts[path] = Layout(rows=layouts[state].rows)
     if not times:
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
-    dynamic = {state, guidance, *times, *layouts}
+    dynamic = {state, guidance, *times, *layouts, *unexplained}
+    layouts = {k: v for k, v in layouts.items() if k not in unexplained}
     constants = {k: v for k, v in flats[0].items() if k not in dynamic}
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
-    call = Call(state, times, constants, layouts, None if isinstance(enter, View) and _plain(enter, steps[0].scaled) else enter, None, 1.0, guidance)
-    return _answer(Understanding(call, tuple(steps[0].sample.shape[1:]), copies, 0, tuple(whole)), backbone, network, steps)
+    plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
+    call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance)
+    return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained))
+
+
+def one_sample(sample: Tensor) -> Tensor:
+    """What a scheduler was given for one input as (1, ...): video pipelines may give it a row per frame."""
+    return sample if len(sample) == 1 else sample.unsqueeze(0)
+
+
+def understand_answer(found: Understanding, backbone: nn.Module, network: str, one: Recording, schedule: NoiseSchedule, kind: Kind) -> Understanding:
+    """With where the model output lies in the backbone's answer, with which sign, and what it predicts: the scheduler's own
+    kind, or one that the pipeline converts to it.
+
+    Raises:
+        NotUnderstood: if the scheduler is given something else.
+    """
+    steps = one.steps_of(network)
+    as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
+    if as_given is not None:
+        return as_given
+    for other in KINDS:
+        if other != kind and all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
+            targets = [(s, schedule.convert(s.model_output, s.scaled, schedule.from_model_time(s.timestep).expand(len(s.sample)), kind, other)) for s in steps]
+            converted = _answer(replace(found, kind=other), network, targets, tolerance=1e-4)
+            if converted is not None:
+                return converted
+    raise NotUnderstood(f"what {type(backbone).__name__} answers is not what the scheduler is given (up to sign, place and kind of prediction)", "answer")
+
+
+def feeding(unexplained: Sequence[str], flat: Mapping[str, Any], call: NetworkCall) -> dict[str, int]:
+    """Which of the unexplained arguments are tensors of another network's answer: argument → number of the tensor."""
+    leaves = [v for v in pytree.tree_leaves(call.output) if isinstance(v, Tensor)]
+    return {path: i for path in unexplained for i, leaf in enumerate(leaves) if isinstance(flat[path], Tensor) and same(flat[path], leaf)}
 
 
 # -- layouts ------------------------------------------------------------------------------------------------------------
@@ -89,7 +128,7 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
     layouts: dict[str, Layout] = {}
     whole: list[str] = []
     b = two.first_calls(network)[-1].arguments if two is not None and two.first_calls(network) else None
-    size = len(first.sample)
+    size = 1
 
     def visit(x: Any, y: Any, path: str) -> None:
         if isinstance(x, Tensor):
@@ -103,7 +142,8 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
             for key, inner in x.items():
                 visit(inner, y.get(key) if isinstance(y, Mapping) else None, f"{path}.{key}" if path else key)
         elif type(x) in (list, tuple) and x:
-            if (isinstance(y, (list, tuple)) and len(y) == 2 * len(x)) or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
+            doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
+            if doubled or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
                 layouts[path] = Layout("listed", 0, len(x) // size)
                 whole.append(path)
             else:
@@ -116,7 +156,7 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
     if other is not None and other.first_calls(network):  # what another prompt changes beyond the batch is shared by a call
         mine, theirs = flatten(a, whole), flatten(other.first_calls(network)[-1].arguments, whole)
         for path, value in mine.items():
-            if path not in layouts and path in theirs and not _equal(value, theirs[path]):
+            if path not in layouts and path in theirs and not same(value, theirs[path]):
                 layouts[path] = Layout("shared")
     return layouts, whole
 
@@ -151,7 +191,8 @@ def copies_of(arguments: Mapping[str, Any], layouts: Mapping[str, Layout], copie
 
 
 def _state(
-    flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], candidates: Sequence[str], backbone: nn.Module, changed: Sequence[str],
+    flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], candidates: Sequence[str], backbone: nn.Module,
+    changed: Sequence[str],
 ) -> tuple[str, Arrangement, int]:
     """(path, arrangement, copies): the argument in which the scheduler's sample is found again."""
     for path in candidates:
@@ -168,7 +209,7 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
     layout = layouts.get(path, Layout())
     arrangement = None
     for flat, step in zip(flats, steps, strict=True):
-        size = len(step.sample)
+        scaled, size = one_sample(step.scaled), 1
         try:
             single = copies_of({path: flat[path]}, {path: layout}, copies)[0][path]
             entries = _per_copy(layout, copies).split(single, size)
@@ -177,7 +218,6 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
             return None
         if not isinstance(target, Tensor) or not target.is_floating_point() or len(target) != size:
             return None
-        scaled = step.scaled[: len(step.sample)]
         if arrangement is None:
             arrangement = find_inside(scaled[:1], target[:1])
             if arrangement is None:
@@ -187,14 +227,10 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
     return arrangement
 
 
-def _plain(view: View, sample: Tensor) -> bool:
-    return view.shape == tuple(sample.shape[1:])
-
-
 def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], copies: int) -> Affine | None:
     """The argument as an affine function of the scheduler's timestep; None if it is not one."""
     values = []
-    for flat, step in zip(flats, steps, strict=True):
+    for flat in flats:
         value = flat[path]
         if isinstance(value, (int, float)):
             value = torch.tensor(float(value))
@@ -230,6 +266,8 @@ def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], 
 
 def _rounded(x: float) -> float:
     """Without the noise of the recording's precision: scales are 1, 1/1000 and the like."""
+    if abs(x) < 1e-6:
+        return 0.0
     near = float(f"{x:.4g}")
     return near if abs(near - x) <= 1e-5 * max(abs(near), 1e-2) else x
 
@@ -237,26 +275,30 @@ def _rounded(x: float) -> float:
 # -- answer -------------------------------------------------------------------------------------------------------------
 
 
-def _answer(found: Understanding, backbone: nn.Module, network: str, steps: Sequence[Step]) -> Understanding:
-    """Where the model output lies in the backbone's answer, and with which sign."""
-    outputs = [(s, _calls(s, network)[-1].output) for s in steps if _calls(s, network)[-1].output is not None]
+def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Tensor]], tolerance: float = 0.0) -> Understanding | None:
+    """Where the targets lie in the backbone's answers, and with which sign; None if they do not."""
+    answers = [per_copy_answer(_calls(step, network)[-1].output, 1, found.copies) for step, _ in targets]
     for kept in range(found.copies):
         for sign in (1.0, -1.0):
             arrangement: Arrangement | None = None
-            for step, output in outputs:
-                answer = per_copy_answer(output, len(step.sample), found.copies)[kept]
-                target = sign * step.model_output
+            for parts, (_, target) in zip(answers, targets, strict=True):
+                answer, wanted = parts[kept], (sign * target).to(parts[kept].dtype)
+                if tolerance and answer.shape == wanted.shape:
+                    arrangement = View(tuple(wanted.shape[1:])) if _close(answer, wanted, tolerance) else None
+                else:
+                    arrangement = arrangement or find_part(answer[:1], wanted[:1])
+                    if arrangement is not None and not torch.equal(arrangement(answer), wanted):
+                        arrangement = None
                 if arrangement is None:
-                    arrangement = find_part(answer[:1], target[:1])
-                    if arrangement is None:
-                        break
-                if not torch.equal(arrangement(answer), target.to(answer.dtype)):
-                    arrangement = None
                     break
             if arrangement is not None:
                 plain = isinstance(arrangement, View) and arrangement.shape == tuple(answer.shape[1:])
                 return replace(found, kept=kept, call=replace(found.call, leave=None if plain else arrangement, sign=sign))
-    raise NotUnderstood(f"what {type(backbone).__name__} answers is not what the scheduler is given (up to sign and place)", "answer")
+    return None
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
 def per_copy_answer(output: Any, batch: int, copies: int) -> list[Tensor]:
@@ -271,21 +313,6 @@ def per_copy_answer(output: Any, batch: int, copies: int) -> list[Tensor]:
 
 def _calls(step: Step, network: str) -> list[NetworkCall]:
     return [c for c in step.calls if c.network == network]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_equal(v, b[k]) for k, v in a.items())
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False
-    try:
-        return bool(a == b)
-    except (ValueError, RuntimeError, TypeError):
-        return a is b
 
 
 def values_of(arguments: Mapping[str, Any], found: Understanding, batch: int) -> dict[str, Tensor | list[Any]]:

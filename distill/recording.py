@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from distill.errors import UserError
+
 
 class Stop(Exception):
     """Raised inside a pipeline that has shown enough."""
@@ -42,6 +44,7 @@ class Step:
     scaled: Tensor  #: the sample as ``scale_model_input`` left it, if the pipeline asked for that
     model_output: Tensor
     result: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
 
 
 @dataclass
@@ -55,8 +58,16 @@ class Recording:
     result: Any = None  #: what the pipeline returned
 
     def first_calls(self, network: str) -> list[NetworkCall]:
-        """A network's calls before the first step."""
-        return [c for c in (self.steps[0].calls if self.steps else self.calls) if c.network == network]
+        """A network's calls in the first step that it has a part in, finished or not."""
+        for calls in [*(s.calls for s in self.steps), self.calls]:
+            mine = [c for c in calls if c.network == network]
+            if mine:
+                return mine
+        return []
+
+    def steps_of(self, network: str | None) -> list[Step]:
+        """The steps that a network has a part in; all for None."""
+        return [s for s in self.steps if network is None or any(c.network == network for c in s.calls)]
 
 
 @contextmanager
@@ -74,6 +85,7 @@ def record(
     """
     recording = Recording()
     last: dict[str, Any] = {}
+    scale_original = {c: c.scale_model_input for c in schedulers(pipeline) if hasattr(c, "scale_model_input")}
 
     def forward_of(name: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -102,7 +114,12 @@ def record(
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(self, *args, **kwargs).arguments
             sample, output = given["sample"].clone(), given["model_output"].clone()
-            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, sample if recording.scaled is None else recording.scaled, output, sample)
+            scaled = sample if recording.scaled is None else recording.scaled
+            if scaled.shape[1:] != sample.shape[1:]:  # the pipeline scaled it together with something else
+                scaled = scale_original[type(self)](self, sample, given["timestep"])
+            known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
+            settings = {k: v for k, v in given.items() if k not in known}
+            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
             result = original(self, *args, **kwargs)
             if override is not None:
                 result = _replaced(result, override(done))
@@ -146,6 +163,19 @@ def record(
 def networks(pipeline: Any) -> dict[str, nn.Module]:
     """The pipeline's networks by the names of its components."""
     return {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)}
+
+
+def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
+    """The network that a pipeline most likely denoises with, before anything has run: the largest one that is no autoencoder
+    and no text or image encoder. (What really denoises is found by probing.)
+
+    Raises:
+        UserError: if it has none.
+    """
+    found = {k: v for k, v in networks(pipeline).items() if "encoder" not in k and not (hasattr(v, "encode") and hasattr(v, "decode"))}
+    if not found:
+        raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
+    return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def schedulers(pipeline: Any) -> list[type]:

@@ -1,28 +1,30 @@
 """The networks of a training run: teacher, student, critic, target, discriminator.
 
-With full weights each trained role is a copy of the teacher's backbone. With LoRA all of them are adapters on one
-shared backbone: the teacher is "adapters off", so that three networks cost the memory of one (and a few adapters).
+With full weights each trained role is a copy of the teacher's backbone; where only selected layers are trained, the rest of
+it is the teacher's own memory. With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so
+that three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.adapters import Adapters, LoRA
 from distill.denoiser import BackboneDenoiser, Call, Denoiser
 from distill.errors import UserError
 from distill.losses.adversarial import Discriminator
 from distill.schedule import NoiseSchedule
+from distill.selection import Selection, share, shared_copy
+from distill.smaller import shrunk
 from distill.teacher import Teacher
 
-ADAPTED_LAYERS = (nn.Linear, nn.Conv2d)
+GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"  #: of a guidance embedding, in diffusers' UNets
 
 
 @dataclass
@@ -62,107 +64,52 @@ class Roles:
 
 
 @torch.no_grad()
-def average(target: Iterable[Tensor], source: Iterable[Tensor], decay: float) -> None:
-    """target ← decay · target + (1 − decay) · source, in place."""
-    targets, sources = list(target), list(source)
-    torch._foreach_lerp_(targets, sources, 1 - decay)
-
-
-# -- LoRA ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Settings of the adapters: rank, alpha (strength = alpha/rank) and the patterns of the layers that get one."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] | None = None
-
-
-class Adapters:
-    """PEFT adapters on one backbone, switched per forward without touching what is trainable.
-
-    PEFT's own ``set_adapter`` also freezes the inactive adapters, which would stop the critic's training whenever the
-    student runs; so the active adapter is set on the layers directly.
-    """
-
-    def __init__(self, backbone: nn.Module, settings: LoRA, names: Sequence[str]) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        self.settings, self.backbone = settings, backbone
-        self.targets = lora_targets(backbone, settings.targets)
-        alpha: Any = settings.alpha  # PEFT divides it by the rank: a fraction is fine, whatever the annotation says
-        config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=self.targets, init_lora_weights=True)
-        backbone.requires_grad_(False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-            for name in names:
-                inject_adapter_in_model(config, backbone, adapter_name=name)
-        self.layers: list[Any] = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-        self._activate(None)
-
-    def named_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The adapter's parameters by their names in the backbone, without the adapter's own."""
-        own = f".{adapter}."
-        return {n.replace(own, "."): p for n, p in self.backbone.named_parameters() if "lora_" in n and own in n}
-
-    def _activate(self, adapter: str | None) -> None:
-        for layer in self.layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-
-    def use(self, adapter: str | None) -> Callable[[], Any]:
-        """A context for one forward; None: the bare backbone."""
-
-        @contextmanager
-        def active() -> Iterator[None]:
-            self._activate(adapter)
-            try:
-                yield
-            finally:
-                self._activate(None)
-
-        return active
-
-
-def lora_targets(backbone: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Full names of the layers that get an adapter.
+def average(target: Iterable[Tensor], source: Iterable[Tensor], decay: float, seed: int | None = None) -> None:
+    """target ← decay · target + (1 − decay) · source, in place; also across devices and dtypes.
 
     Args:
-        patterns: a layer is taken if its name ends with one of them, at a dot; None: every Linear and Conv2d layer that
-            lies inside a block (not the input, output and embedding layers at the top).
-
-    Raises:
-        UserError: if a pattern fits no layer.
+        seed: in bfloat16 a step of one part in a thousand is less than the gap to the next number, and rounding to the
+            nearest would lose it every time. With a seed the result is rounded up or down at random, right on average.
     """
-    names = [n for n, m in backbone.named_modules() if isinstance(m, ADAPTED_LAYERS)]
-    if patterns is None:
-        return [n for n in names if "." in n and not n.startswith(("time_embedding", "class_embedding"))]
-    chosen: list[str] = []
-    for pattern in patterns:
-        fitting = [n for n in names if n == pattern or n.endswith("." + pattern)]
-        if not fitting:
-            raise UserError(f"student.lora.targets: no layer of {type(backbone).__name__} is named {pattern!r}")
-        chosen += fitting
-    return sorted(set(chosen))
+    targets, sources = list(target), list(source)
+    if all(t.device == s.device and t.dtype == s.dtype and (seed is None or t.dtype != torch.bfloat16) for t, s in zip(targets, sources, strict=True)):
+        torch._foreach_lerp_(targets, sources, 1 - decay)
+        return
+    generators: dict[torch.device, torch.Generator] = {}
+    for t, s in zip(targets, sources, strict=True):
+        exact = torch.lerp(t.float(), s.to(t.device).float(), 1 - decay)
+        if t.dtype == torch.bfloat16 and seed is not None:
+            generator = generators.setdefault(t.device, torch.Generator(t.device).manual_seed(seed))
+            exact = round_at_random(exact, generator)
+        t.copy_(exact)
+
+
+def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 numbers on bfloat16's grid, rounded to a neighbour with the probability of its nearness: E[result] = x."""
+    # bfloat16 is float32 without its last 16 bits: noise there carries over with the wanted probability.
+    noise = torch.randint(1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
 
 
 # -- building -----------------------------------------------------------------------------------------------------------
 
 
 def build_roles(
-    teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0,
+    teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
+    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None,
 ) -> tuple[Roles, Adapters | None]:
     """The teacher and the wanted roles ("student", "critic", "target"), all starting from the teacher's weights.
 
     Args:
         lora: adapters on the teacher's own backbone in place of copies.
         guidance_embedding: width of a guidance embedding that the student (and target) get and the teacher lacks.
+        selection: the parameters that are trained, in the student and in the critic; all others are the teacher's own
+            tensors. A guidance embedding is trained in any case.
+        architecture: settings of the backbone's config that make the student (and target) smaller; the critic follows
+            the student's distribution against the teacher's and keeps the teacher's architecture.
+
+    Raises:
+        UserError: if the backbone cannot be given what is asked for.
     """
     denoiser = teacher.denoiser
     if lora is not None:
@@ -175,26 +122,43 @@ def build_roles(
             for r in wanted
         }
         return Roles(denoiser, **made), adapters
+    trained = None if selection is None else selection.names(denoiser.backbone)
     made = {}
     for role in wanted:
-        embed = guidance_embedding if role in ("student", "target") else 0
-        backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed)
-        backbone.requires_grad_(role != "target")
-        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call)
+        follows_student = role in ("student", "target")
+        embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
+        backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
+        named = dict(backbone.named_parameters())
+        own = {n: named[n] for n in named if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)}
+        backbone.requires_grad_(False)
+        for parameter in own.values():
+            parameter.requires_grad_(role != "target")
+        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, trained=own)
     return Roles(denoiser, **made), None
 
 
-def copy_backbone(backbone: nn.Module, call: Call, guidance_embedding: int = 0) -> tuple[nn.Module, Call]:
-    """A copy in eval mode; with a guidance embedding of the given width (its projection starts at zero, so that the
-    copy equals the original at every guidance scale) where the backbone's class has one."""
+def copy_backbone(
+    backbone: nn.Module, call: Call, guidance_embedding: int = 0, trained: Sequence[str] | None = None, architecture: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Call]:
+    """A copy in eval mode, and how it is called.
+
+    Args:
+        guidance_embedding: width of a guidance embedding where the backbone's class has one and the teacher none; its
+            projection starts at zero, so that the copy equals the original at every guidance scale.
+        trained: names of the parameters that are copied, the others being shared; None: all.
+        architecture: changes of the config, see ``smaller.py``.
+    """
+    changes = dict(architecture or {})
     if not guidance_embedding:
-        return copy.deepcopy(backbone), call
+        if changes:
+            return shrunk(backbone, changes), call
+        return (copy.deepcopy(backbone) if trained is None else shared_copy(backbone, trained)), call
     config: Any = backbone.config
     if "time_cond_proj_dim" not in config or config["time_cond_proj_dim"] is not None:
         raise UserError(f"{type(backbone).__name__} has no room for a guidance embedding: fix method.guidance_scale")
-    made: Any = type(backbone).from_config(config, time_cond_proj_dim=guidance_embedding)  # type: ignore[attr-defined]
-    first = next(backbone.parameters())
-    made.load_state_dict(backbone.state_dict(), strict=False)
+    made: Any = shrunk(backbone, {**changes, "time_cond_proj_dim": guidance_embedding}, new=(GUIDANCE_WEIGHT,))
     nn.init.zeros_(made.time_embedding.cond_proj.weight)
+    if trained is not None:
+        share(made, backbone, [n for n, _ in backbone.named_parameters() if n not in set(trained)])
     constants = {k: v for k, v in call.constants.items() if k != "timestep_cond"}
-    return made.eval().to(first.device, first.dtype), replace(call, constants=constants, guidance="timestep_cond")
+    return made, replace(call, constants=constants, guidance="timestep_cond")

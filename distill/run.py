@@ -9,23 +9,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from distill import checkpoint
+from distill.adapters import Adapters, LoRA
+from distill.attention import use_attention
 from distill.config import Config, load_config
-from distill.denoiser import BackboneDenoiser
+from distill.config import LoRA as LoRASettings
+from distill.denoiser import BackboneDenoiser, Denoiser
 from distill.errors import UserError
 from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator
+from distill.memory import Offload, checkpoint_activations, offload
 from distill.methods.base import Method
-from distill.roles import Adapters, LoRA, Roles, build_roles
+from distill.overrides import find_override
+from distill.quantize import quantize
+from distill.recording import find_backbone
+from distill.roles import Roles, build_roles
+from distill.selection import Selection
 from distill.student import Student
 from distill.teacher import Teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: what a trained student is loaded with: nothing of its training, so that it loads also where it could not be trained
+AS_SAMPLED = ("teacher.quantize=none", "trainer={}", "optimizers={}")
 
 
 @dataclass
@@ -36,16 +46,26 @@ class Parts:
     roles: Roles
     adapters: Adapters | None
     student: Student
+    waiting: list[Offload] = field(default_factory=list)  #: networks whose weights are on the CPU between uses
+
+    def rest(self) -> None:
+        """Send idle weights away: no graph is alive."""
+        for network in self.waiting:
+            network.rest()
 
 
 def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
-    """The recipe's teacher, parity-checked."""
+    """The recipe's teacher, parity-checked. With LoRA a quantised one is quantised before it comes to the device."""
     section = config.teacher
+    early = section.quantize != "none" and config.student.weights == "lora"
     pipeline = load_pipeline(
-        section.pipeline, dtype=DTYPES[section.dtype], device=device, trust_remote_code=section.trust_remote_code,
+        section.pipeline, dtype=DTYPES[section.dtype], device="cpu" if early else device, trust_remote_code=section.trust_remote_code,
         revision=section.revision, variant=section.variant,
     )
-    teacher = Teacher(pipeline)
+    if early and section.quantize != "none":
+        quantize(find_backbone(pipeline)[1], section.quantize, device)
+        pipeline.to(device)
+    teacher = Teacher(pipeline, section.call, find_override(section.override, type(pipeline).__name__))
     teacher.check(1e-5 if section.dtype == "float32" else 5e-2)
     return teacher
 
@@ -57,18 +77,62 @@ def build(config: Config, device: torch.device | str = "cpu") -> Parts:
 
 def assemble(config: Config, teacher: Teacher) -> Parts:
     """The roles and the student of a run beside a teacher that is there already (``plan`` brings one without weights)."""
-    lora = None
-    if config.student.weights == "lora":
-        section = config.student.lora
-        rank = section.rank if section else 64
-        alpha = section.alpha if section and section.alpha else float(rank)
-        lora = LoRA(rank, alpha, tuple(section.targets) if section and section.targets else None)
-    method = config.method
-    roles, adapters = build_roles(teacher, method.roles, lora, method.guidance_embedding())
-    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
+    device = teacher.device
+    student, method, bits = config.student, config.method, config.teacher.quantize
+    selection = Selection(tuple(student.train or ()), tuple(student.freeze or ())) if student.train or student.freeze else None
+    roles, adapters = build_roles(
+        teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
+    )
+    if adapters is None and bits != "none":  # the copies have been made
+        quantize(teacher.backbone, bits, device)
+    if student.architecture is not None:
+        _try_out(teacher, roles.student, "student.architecture: a student of this architecture does not work as the teacher does")
+    waiting = _economize(config, teacher, roles, adapters)
+    roles.state = {k: v.to(device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
     assert isinstance(roles.student, BackboneDenoiser)
-    return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters))
+    return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)
+
+
+def _lora(config: Config) -> LoRA | None:
+    if config.student.weights != "lora":
+        return None
+    section = config.student.lora or LoRASettings()
+    return LoRA(section.rank, section.alpha or float(section.rank), tuple(section.targets) if section.targets else None, section.dora)
+
+
+def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapters | None) -> list[Offload]:
+    """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
+    settings = config.trainer
+    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
+    for backbone in {id(n.backbone): n.backbone for n in networks}.values():
+        use_attention(backbone, settings.attention, teacher.device)
+        if settings.gradient_checkpointing:
+            checkpoint_activations(backbone, adapters)
+    if settings.attention != "default":
+        _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
+    if not settings.offload:
+        return []
+    busy = [p for n in networks if n not in (roles.teacher, roles.target) for p in n.backbone.parameters()]
+    idle = [n for n in networks if n in (roles.teacher, roles.target)]
+    return [waiting for n in idle if (waiting := offload(n, busy, teacher.device)) is not None]
+
+
+def _try_out(teacher: Teacher, network: Denoiser, what: str) -> None:
+    """One forward pass of a network.
+
+    Raises:
+        UserError: if it fails, or gives another shape than the teacher's samples have.
+    """
+    noise = torch.zeros(1, *teacher.sample_shape, device=teacher.device)
+    try:
+        with torch.enable_grad():
+            value = network.predict(noise, torch.tensor(0.5), teacher.condition([teacher.placeholder()])).value
+    except Exception as error:  # what a network that does not fit raises is anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{what}: {reason}") from None
+    if value.shape != noise.shape:
+        raise UserError(f"{what}: its output is {tuple(value.shape[1:])}, not {tuple(noise.shape[1:])}")
 
 
 @torch.no_grad()
@@ -95,14 +159,17 @@ def is_run(path: Path) -> bool:
 
 
 def load_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Student, Config]:
-    """The student of a run from its newest checkpoint (the averaged weights where there are any), and the run's recipe.
+    """The student of a run from its newest checkpoint (the averaged weights where there are any), and the run's recipe but
+    for the sections that concern its training alone.
+
+    A LoRA that was trained on a quantised teacher comes on the teacher as it is: what is exported is not quantised.
 
     Raises:
         UserError: if the folder is no run, has no checkpoint, or the checkpoint is corrupt.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a training run: it has no config.yaml")
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", AS_SAMPLED)
     saved = checkpoint.steps(folder / "checkpoints")
     if not saved:
         raise UserError(f"{folder} has no checkpoint yet: train it first (distill train {folder} --resume)")

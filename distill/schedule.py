@@ -242,6 +242,34 @@ class CosineVP(NoiseSchedule):
         return double(time)
 
 
+class OffsetCosineVP(NoiseSchedule):
+    """Nichol & Dhariwal's (2021, eq. 17) cosine schedule in continuous time: alpha = cos(π/2 (t + s)/(1 + s)) / cos(π/2 s/(1 + s)),
+    kept at least 0.01, as Würstchen's scheduler keeps it."""
+
+    least = 0.01
+
+    def __init__(self, offset: float = 0.008) -> None:
+        self.offset = offset
+
+    def _angle(self, t: Tensor) -> Tensor:
+        return (double(t) + self.offset) / (1 + self.offset) * (math.pi / 2)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = (self._angle(t).cos() / self._angle(torch.zeros_like(t)).cos()).clamp(self.least, math.sqrt(1 - self.least**2))
+        return alpha, (1 - alpha**2).sqrt()
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(t)
+        slope = -self._angle(t).sin() / self._angle(torch.zeros_like(t)).cos() * (math.pi / 2) / (1 + self.offset)
+        return slope, -alpha * slope / sigma
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return double(t)
+
+    def from_model_time(self, time: Tensor) -> Tensor:
+        return double(time)
+
+
 _KIND_OF_PREDICTION_TYPE: dict[str, Kind] = {
     "epsilon": "eps",
     "v_prediction": "v",
@@ -258,7 +286,11 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
     """
     config = scheduler.config
     name = type(scheduler).__name__
-    if name.startswith("FlowMatch"):
+    if name == "DDPMWuerstchenScheduler":
+        return OffsetCosineVP(float(config.s)), "eps"
+    if name == "IPNDMScheduler":
+        return CosineVP(), "v"
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return Flow(float(config.num_train_timesteps)), "velocity"
     if hasattr(scheduler, "alphas_cumprod") and scheduler.alphas_cumprod is not None:
         prediction_type = config.get("prediction_type", "epsilon")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.adapters import Adapters
 from distill.denoiser import BackboneDenoiser
-from distill.roles import Adapters
 from distill.sampling import Sampler, renoise_sample
 from distill.teacher import Teacher
 

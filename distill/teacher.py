@@ -1,52 +1,34 @@
 """Any diffusers pipeline as a teacher, by recording the pipeline's own call of its backbone.
 
 The pipeline runs for a few steps while ``recording.py`` notes what its networks receive and what its scheduler does;
-``probing.py`` reads off how the backbone is called; a guided recording tells how guidance is arranged. So no file per
-model family: what is left to say of single pipelines is in ``overrides/``. ``Teacher.check`` replays what was recorded
-and refuses a teacher that does not agree.
+``probing.py`` reads off how the backbone is called, ``findings.py`` how guidance is arranged. So no file per model family:
+what is left to say of single pipelines is in ``overrides/``. ``Teacher.check`` replays what was recorded and refuses a
+teacher that does not agree.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from distill.call import Affine, Layout, flatten
-from distill.denoiser import BackboneDenoiser, Condition, Denoiser
+from distill.call import flatten
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
-from distill.guidance import Guided, find_rule
+from distill.findings import Guidance, probe
+from distill.guidance import Guided
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
-from distill.probing import NotUnderstood, copies_of, per_copy_answer, understand, values_of
-from distill.recording import NetworkCall, Recording, Step, Stop, networks, record
-from distill.schedule import from_scheduler
+from distill.probing import NotUnderstood, copies_of, values_of
+from distill.recording import Recording, Step, networks
+from distill.running import PROBE_STEPS, Runner, before_calls, repeated
 
-PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refuses fewer than four)
-SEEN_STEPS = 3  #: of them are computed: two timesteps differ, even where a solver visits one twice
-PROBE_GUIDANCE = 3.0
-GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale", "text_guidance_scale", "cfg_scale", "decoder_guidance_scale")
-PLACEHOLDER = {"prompt": "a photograph", "class_labels": 0, None: None}
-LONGER_PROMPT = "a photograph of two"
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a pipeline arranges classifier-free guidance."""
-
-    argument: str  #: of its call
-    off: float
-    copies: int  #: in one call of the backbone
-    calls: int  #: of the backbone per step
-    conditional: int  #: which of the two answers is the conditional one
-    rule: str  #: how it combines them (``guidance.RULES``)
+__all__ = ["Guidance", "Teacher"]
 
 
 class Teacher:
@@ -62,217 +44,41 @@ class Teacher:
     """
 
     def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
-        self.pipeline = pipeline
-        self.override = override or find_override(None, type(pipeline).__name__)
-        components = getattr(pipeline, "components", {})
-        if not any(isinstance(c, nn.Module) for c in components.values()):
-            raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
-        for component in components.values():
-            if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
-        self._parameters = inspect.signature(pipeline.__call__).parameters
-        self.call = dict(self.override.call) | dict(call or {})
-        self.input_name = self._input_name()
-        self._placeholder = self.call.pop(self.input_name, PLACEHOLDER[self.input_name]) if self.input_name else None
-        if isinstance(self._placeholder, (list, tuple)):
-            self._placeholder = self._placeholder[0]
+        self.pipeline, name = pipeline, type(pipeline).__name__
+        override = override or find_override(None, name)
+        modules = [c for c in getattr(pipeline, "components", {}).values() if isinstance(c, nn.Module)]
+        if not modules:
+            raise UserError(f"{name} has no backbone: it cannot be a teacher")
+        for module in modules:
+            module.eval().requires_grad_(False)
+        self._runner = Runner(pipeline, call or {}, override)
         try:
-            self._probe()
+            found = self._found = probe(self._runner, override)
         except NotUnderstood as error:
             raise UserError(
-                f"{type(pipeline).__name__} cannot be a teacher yet: {error}. If you know it, say it in an override: "
-                f"Override({error.field}=…), see distill/overrides"
+                f"{name} cannot be a teacher yet: {error}. If you know it, say it in an override: Override({error.field}=…), see distill/overrides"
             ) from None
         except ValueError as error:
-            raise UserError(f"{type(pipeline).__name__} cannot be a teacher: {error}") from None
+            raise UserError(f"{name} cannot be a teacher: {error}") from None
+        self.backbone_name, self.backbone, self.sample_shape = found.network, found.backbone, found.sample_shape
+        self.guidance = found.guidance
+        companions = [companion for companion, _ in found.companions]
+        self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
 
-    # -- probing ----------------------------------------------------------------------------------------------------
+    # -- what it is -------------------------------------------------------------------------------------------------
 
-    def _input_name(self) -> str | None:
+    @property
+    def input_name(self) -> str | None:
         """What the user conditions on: "prompt", "class_labels" or None."""
-        if "prompt" in self._parameters and not any(k.startswith("prompt_embeds") for k in self.call):
-            return "prompt"
-        if "class_labels" in self._parameters and getattr(_config(self.pipeline), "num_class_embeds", 1) is not None:
-            unet = getattr(self.pipeline, "unet", None)
-            if unet is None or getattr(unet.config, "num_class_embeds", 1) is not None:
-                return "class_labels"
-        return None
+        return self._runner.input_name
 
     def placeholder(self) -> Any:
         """Some valid input: a prompt, a class, or None for an unconditional teacher."""
-        return self._placeholder
-
-    def _probe(self) -> None:
-        self._off = self._unguided()
-        one = self._run([self.placeholder()], self._off, compute=SEEN_STEPS, stop=_after_steps(SEEN_STEPS))
-        if not one.steps or not one.steps[0].calls:
-            raise NotUnderstood("its scheduler's step was never called", "scheduler")
-        self.backbone_name = self.override.network or one.steps[-1].calls[-1].network
-        self.backbone = networks(self.pipeline)[self.backbone_name]
-        others = {c.network for s in one.steps for c in s.calls[-1:]} - {self.backbone_name}
-        if others:
-            raise NotUnderstood(f"it denoises with {self.backbone_name} and {', '.join(sorted(others))}", "network")
-        self._template = one.steps[0].calls[-1].output
-        two = self._first_call([self.placeholder()] * 2, self._off)
-        longer = LONGER_PROMPT if self.input_name == "prompt" else self.placeholder()
-        other = self._first_call([longer], self._off) if self.input_name == "prompt" else None
-        known = {k: v for k in ("state",) if (v := getattr(self.override, k)) is not None}
-        self._understood = understand(self.backbone, self.backbone_name, one, two, other, known)
-        self._batched = two is not None
-        self._recorded = one
-        self.sample_shape = self._understood.sample_shape
-        schedule, kind = from_scheduler(one.scheduler)
-        self.guidance, embedded = self._find_guidance()
-        call = self._understood.call
-        if embedded is not None:
-            call = replace(call, embedded=embedded, constants={k: v for k, v in call.constants.items() if k != embedded[0]})
-            call = replace(call, layouts={k: v for k, v in call.layouts.items() if k != embedded[0]})
-            self._understood = replace(self._understood, call=call)
-        self.denoiser = BackboneDenoiser(self.backbone, schedule, kind, call)
-
-    def _unguided(self) -> dict[str, float]:
-        """The arguments that switch guidance off."""
-        if self.override.guidance is not None:
-            return {self.override.guidance: 1.0 if self.override.guidance_off is None else self.override.guidance_off}
-        return {name: 1.0 for name in GUIDANCE_NAMES if name in self._parameters}
-
-    def _run(
-        self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str] | None = None,
-        extra: Mapping[str, Any] | None = None, **settings: Any,
-    ) -> Recording:
-        """Run the pipeline's own call and record it."""
-        arguments: dict[str, Any] = dict(self.call) | dict(guidance) | dict(extra or {})
-        if "num_inference_steps" in self._parameters:
-            arguments["num_inference_steps"] = steps
-        if "generator" in self._parameters and "generator" not in arguments:
-            arguments["generator"] = torch.Generator().manual_seed(0)
-        if self.input_name is not None:
-            arguments[self.input_name] = list(inputs) if len(inputs) > 1 or self.input_name != "prompt" else inputs[0]
-        elif "batch_size" in self._parameters:
-            arguments["batch_size"] = len(inputs)
-        elif len(inputs) > 1:
-            count = next((n for n in self._parameters if n.startswith("num_") and n.endswith("_per_prompt")), None)
-            if count is None:
-                raise _CannotBatch
-            arguments[count] = len(inputs)
-        if negative is not None and "negative_prompt" in self._parameters and self.input_name == "prompt":
-            arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
-        with torch.no_grad(), record(self.pipeline, **settings) as recording:
-            try:
-                recording.result = self.pipeline(**arguments)
-            except Stop:
-                pass
-        return recording
-
-    def _first_call(self, inputs: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, **settings: Any) -> Recording | None:
-        """Everything up to the backbone's first calls; they are answered without being computed. None if the pipeline refuses."""
-        def enough(recording: Recording) -> bool:
-            return len(recording.first_calls(self.backbone_name)) >= calls or bool(recording.steps)
-
-        try:
-            return self._run(inputs, guidance, stop=enough, answers={self.backbone_name: self._answer}, **settings)
-        except Exception as error:
-            if len(inputs) > 1 or settings.get("tolerant"):
-                return None
-            raise error
-
-    def _answer(self, arguments: Mapping[str, Any]) -> Any:
-        """An answer of the right shape for any batch, without computing it."""
-        state = _leading(flatten(arguments, self._whole), self._state_path)
-        return pytree.tree_map(lambda v: v.repeat(math.ceil(state / len(v)), *(1,) * (v.dim() - 1))[:state] if isinstance(v, Tensor) and v.dim() else v, self._template)
-
-    @property
-    def _whole(self) -> tuple[str, ...]:
-        return self._understood.whole if hasattr(self, "_understood") else ()
-
-    @property
-    def _state_path(self) -> str | None:
-        return self._understood.call.state if hasattr(self, "_understood") else None
-
-    def _find_guidance(self) -> tuple[Guidance | None, tuple[str, Affine] | None]:
-        """How guidance is arranged; and the argument that takes the scale itself, where the backbone has one."""
-        embedded = None
-        for name, off in self._off.items():
-            found = self._run(
-                [self.placeholder()], self._off | {name: PROBE_GUIDANCE}, compute=1, stop=_after_steps(1), negative=[""],
-            )
-            if not found.steps:
-                continue
-            step = found.steps[0]
-            calls = [c for c in step.calls if c.network == self.backbone_name]
-            answers = [a for c in calls for a in self._answers(c, step)]
-            if len(answers) == 1:
-                embedded = embedded or self._find_embedded(name, off, calls[0])
-            elif len(answers) == 2:
-                rule = find_rule(answers, step.model_output, PROBE_GUIDANCE, 1e-4 if step.model_output.dtype == torch.float32 else 2e-2)
-                if rule is not None:
-                    return Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0]), embedded
-        return None, embedded
-
-    def _answers(self, call: NetworkCall, step: Step) -> list[Tensor]:
-        """The model outputs in one call's answer, one per copy of the batch."""
-        understood, batch = self._understood, len(step.sample)
-        copies = max(1, _rows(flatten(call.arguments, understood.whole)[understood.call.state]) // max(1, understood.call.layouts[understood.call.state].rows * batch))
-        if understood.copies > 1:
-            copies = max(copies, understood.copies)
-        parts = per_copy_answer(call.output, batch, copies)
-        leave, sign = understood.call.leave, understood.call.sign
-        return [sign * (leave(p) if leave is not None else p) for p in parts]
-
-    def _find_embedded(self, name: str, off: float, call: NetworkCall) -> tuple[str, Affine] | None:
-        plain = flatten(self._recorded.steps[0].calls[-1].arguments, self._understood.whole)
-        for path, value in flatten(call.arguments, self._understood.whole).items():
-            before = plain.get(path)
-            if path in (self._understood.call.state, self._understood.call.guidance) or path in self._understood.call.times:
-                continue
-            if isinstance(value, Tensor) and isinstance(before, Tensor) and value.numel() == 1 and before.numel() == 1 and float(value) != float(before):
-                scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)
-                return path, Affine(scale, float(before) - scale * off)
-        return None
-
-    # -- conditions -------------------------------------------------------------------------------------------------
+        return self._runner.placeholder
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
-
-    @torch.no_grad()
-    def condition(self, inputs: Sequence[Any] | Tensor, negative: Sequence[str] | None = None) -> Condition:
-        """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
-
-        The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
-        the negative prompt (empty by default) or the null class.
-        """
-        from distill.denoiser import cat
-
-        entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
-        if self.input_name is None:
-            one = self._condition([None], None)
-            return one[[0] * len(entries)] if one.values else one
-        if self._batched:
-            return self._condition(entries, negative)
-        return cat([self._condition([e], None if negative is None else [negative[i]]) for i, e in enumerate(entries)])
-
-    def _condition(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
-        understood, guidance = self._understood, self.guidance
-        batch = len(entries)
-        if guidance is None:
-            recording = self._first_call(entries, self._off)
-            assert recording is not None
-            flat = flatten(recording.first_calls(self.backbone_name)[0].arguments, understood.whole)
-            return Condition(values_of(copies_of(flat, self._rows_of(understood.copies), understood.copies)[understood.kept], understood, batch))
-        told = self._off | {guidance.argument: PROBE_GUIDANCE}
-        recording = self._first_call(entries, told, guidance.calls, negative=negative if negative is not None else [""] * batch)
-        if recording is None:
-            raise UserError(f"{type(self.pipeline).__name__} refused these inputs")
-        singles = [
-            single for call in recording.first_calls(self.backbone_name)
-            for single in copies_of(flatten(call.arguments, understood.whole), self._rows_of(guidance.copies), guidance.copies)
-        ]
-        return Condition(values_of(singles[guidance.conditional], understood, batch), values_of(singles[1 - guidance.conditional], understood, batch))
-
-    def _rows_of(self, copies: int) -> Mapping[str, Layout]:
-        return self._understood.call.layouts
 
     @property
     def guidance_free(self) -> bool:
@@ -280,39 +86,100 @@ class Teacher:
         return self.guidance is None
 
     @property
-    def has_null(self) -> bool:
-        """Whether guidance is possible."""
-        return self.guidance is not None
-
-    @property
     def classes(self) -> int | None:
         """Number of real classes of a class-conditional teacher (the null class not counted)."""
         if self.input_name != "class_labels":
             return None
-        count = next((int(c) for n in ("num_class_embeds", "num_embeds_ada_norm", "num_classes") if (c := self.backbone.config.get(n)) is not None), None)
+        config: Any = self.backbone.config
+        names = ("num_class_embeds", "num_embeds_ada_norm", "num_classes")
+        count = next((int(config[n]) for n in names if config.get(n) is not None), None)
         null = self.pipeline.config.get("null_class")
         return count if null is None or count is None else count - 1
 
     def guided(self, scale: float) -> Denoiser:
         """The teacher under guidance of the given scale, as the pipeline itself means it (1: none)."""
-        if self.guidance is None and self.denoiser.call.embedded is None:
+        if scale == 1 or (self.guidance is None and self.denoiser.call.embedded is None):
             return self.denoiser
-        rule = self.guidance.rule if self.guidance else "plain"
-        return Guided(self.denoiser, scale, rule)
+        return Guided(self.denoiser, scale, self.guidance.rule if self.guidance else "plain")
 
-    # -- sampling and images ----------------------------------------------------------------------------------------
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Everything beside the inputs that the pipeline's call is given when it encodes them."""
+        return self._runner.call | {"negative_prompt": self._runner.negative, "off": self._found.off}
+
+    def encoders(self) -> list[tuple[str, nn.Module]]:
+        """The pipeline's other networks by name: what turns prompts into conditions, and images into samples."""
+        helpers = {companion.name for companion, _ in self._found.companions}
+        return [(k, v) for k, v in networks(self.pipeline).items() if k != self.backbone_name and k not in helpers]
+
+    # -- conditions -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def condition(self, inputs: Sequence[Any] | Tensor, negative: Sequence[str] | None = None) -> Condition:
+        """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
+
+        The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
+        the negative prompt (by default that of ``call``, or empty) or the null class.
+        """
+        entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
+        if self.input_name is None:
+            one = self._condition([None], None)
+            return one[[0] * len(entries)] if one.values else one
+        if self._found.batched:
+            return self._condition(entries, negative)
+        return cat([self._condition([e], None if negative is None else [negative[i]]) for i, e in enumerate(entries)])
+
+    def _condition(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
+        found, guidance, batch = self._found, self.guidance, len(entries)
+        if guidance is None:
+            return self._plain_condition(entries)
+        told = found.off | {guidance.argument: PROBE_SCALE}
+        recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        parts = self._values(recording, guidance.copies, batch)
+        return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
+
+    def _plain_condition(self, entries: list[Any]) -> Condition:
+        """As the pipeline encodes without guidance: no null condition."""
+        found = self._found
+        return Condition(self._values(self._first_calls(entries, found.off), found.understood.copies, len(entries))[found.understood.kept])
+
+    def _first_calls(
+        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
+    ) -> Recording:
+        """Everything up to the backbone's first calls, which are answered without being computed."""
+        found = self._found
+        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
+        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=answers)
+
+    def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
+        """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
+        found = self._found
+        fed = {path for companion, _ in found.companions for path in companion.feeds}
+        parts: list[dict[str, Tensor | list[Any]]] = []
+        everyone = [("", found.network, found.understood), *((f"{c.name}:", c.name, u) for c, u in found.companions)]
+        for prefix, network, understood in everyone:
+            singles = [
+                values_of(single, understood, batch) for call in recording.first_calls(network)
+                for single in copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, copies)
+            ]
+            parts = parts or [{} for _ in singles]
+            for i, part in enumerate(parts):
+                single = singles[min(i, len(singles) - 1)]  # a companion may run once for both
+                part |= {f"{prefix}{k}": v for k, v in single.items() if prefix + k not in fed}
+        return parts
+
+    # -- sampling ---------------------------------------------------------------------------------------------------
 
     def noise(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Unit-variance noise of the backbone's shape, drawn as the pipelines draw theirs."""
+        """Unit-variance noise of the sample's shape, drawn as the pipelines draw theirs."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
 
     def scheduler(self, steps: int) -> Any:
         """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
-        recording = self._first_call([self.placeholder()], self._off, steps=steps)
-        assert recording is not None
-        return recording.scheduler
+        recording = self._first_calls([self.placeholder()], self._found.off, steps=steps)
+        return copy.deepcopy(recording.scheduler)  # the next recording sets the pipeline's own to other steps
 
     @torch.no_grad()
     def sample(
@@ -326,51 +193,46 @@ class Teacher:
             generator: for schedulers that draw noise at each step.
         """
         scheduler = self.scheduler(steps)
-        return self.drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+        return self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
 
     @torch.no_grad()
-    def drive(self, scheduler: Any, condition: Condition, x: Tensor, guidance: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """The scheduler's own loop from x over its timesteps, with our ``Denoiser`` in the pipeline's place."""
-        denoiser = self.guided(guidance)
+    def _drive(
+        self, scheduler: Any, condition: Condition, x: Tensor, guidance: float, generator: torch.Generator | None, visited: Sequence[Step] | None = None,
+    ) -> Tensor:
+        """The scheduler's own loop from x over its timesteps, with our ``Denoiser`` in the pipeline's place.
+
+        Args:
+            visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
+        """
+        denoiser, rows = self.guided(guidance), self._found.rows
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        for timestep in scheduler.timesteps:
-            t = self.denoiser.schedule.from_model_time(timestep)
-            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-            prediction = denoiser.predict(scaled, t, condition)
-            x = scheduler.step(prediction.value, timestep, x, **extra, return_dict=False)[0]
+        for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
+            t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
+            sample = rows(x)
+            scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+            value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
+            settings = {} if visited is None else visited[i].settings
+            x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
         return x
 
-    @torch.no_grad()
-    def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
-        """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition."""
-        arguments = dict(self._off)
-        if self.guidance is not None:
-            arguments[self.guidance.argument] = guidance if guidance != 1.0 else self.guidance.off
-        own = torch.Generator().manual_seed(0)
-        seen: dict[str, Tensor] = {}
+    def _for_scheduler(self, prediction: Prediction) -> Tensor:
+        """What the pipeline would give its scheduler."""
+        kind, value = self._found.scheduler_kind, prediction.value
+        value = value if prediction.kind == kind else prediction.as_kind(kind).to(value.dtype)
+        return value if prediction.extra is None else torch.cat([value, prediction.extra], 1)
 
-        def stop(recording: Recording) -> bool:
-            if recording.calls and "state" not in seen and recording.calls[-1].network == self.backbone_name:
-                seen["state"] = own.get_state()  # what the pipeline draws after its initial noise, the scheduler draws
-            return bool(recording.steps) and len(recording.steps) >= len(recording.scheduler.timesteps)
-
-        theirs = self._run([self.placeholder()], arguments, steps=steps, stop=stop, negative=[""] if guidance != 1.0 else None, extra={"generator": own} if "generator" in self._parameters else None)
-        generator = torch.Generator()
-        if "state" in seen:
-            generator.set_state(seen["state"])
-        scheduler = self.scheduler(steps)
-        scale = guidance if guidance != 1.0 or self.guidance is None else self.guidance.off
-        mine = self.drive(scheduler, self.condition([self.placeholder()]), theirs.steps[0].sample, scale, generator)
-        return float((mine - theirs.steps[-1].result).abs().max()) / max(1.0, float(theirs.steps[-1].result.abs().max()))
+    # -- images -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
         """The pipeline's way from samples to its decoder, found by probing; None for pixel-space pipelines."""
         if not any(hasattr(c, "decode") and isinstance(c, nn.Module) for c in self.pipeline.components.values()):
             return None
+        found = self._found
+        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
 
         def run(x0: Tensor) -> None:
-            self._run([self.placeholder()], self._off, answers={self.backbone_name: self._answer}, override=lambda step: x0)
+            self._runner.run([self.placeholder()], found.off, answers=answers, override=lambda step: found.rows(x0))
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
@@ -382,35 +244,34 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (batch, channels, height, width) in [-1, 1] → x0 of the backbone's shape (a VAE's mean, scaled)."""
+        """Images (batch, channels, height, width) in [-1, 1] → x0 of the sample's shape (a VAE's mean, as the pipeline scales
+        and lays it out)."""
         return images if self.autoencoder is None else self.autoencoder.encode(images)
 
     @cached_property
-    def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the decoded images."""
-        return tuple(self.decode(torch.zeros(1, *self.sample_shape, device=self.device)).shape[1:])
+        channels, height, width = self.decode(torch.zeros(1, *self.sample_shape, device=self.device)).shape[-3:]
+        return channels, height, width
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def check(self, tolerance: float = 1e-5) -> float:
-        """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the outputs.
+        """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the model outputs.
 
         Raises:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst = 0.0
-        understood = self._understood
-        for step in self._recorded.steps:
-            call = [c for c in step.calls if c.network == self.backbone_name][-1]
-            single = copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, understood.copies)[understood.kept]
-            values = values_of(single, understood, len(step.sample))
-            t = self.denoiser.schedule.from_model_time(step.timestep.double())
-            off = next(iter(self._off.values()), 1.0)
-            told = Condition(values, guidance=torch.full((len(step.sample),), off, device=self.device) if understood.call.embedded else None)
-            mine = self.denoiser.predict(step.scaled, t, told).value
-            worst = max(worst, float((mine - step.model_output).abs().max()) / max(1.0, float(step.model_output.abs().max())))
+        worst, found = 0.0, self._found
+        off = next(iter(found.off.values()), 1.0)
+        for step in found.recorded.steps_of(found.network):
+            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
+            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
+            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
+            mine = self._for_scheduler(self.denoiser.predict(found.single(step.scaled), t, told))
+            worst = max(worst, _difference(mine, found.single(step.model_output)))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -418,25 +279,37 @@ class Teacher:
             )
         return worst
 
+    @torch.no_grad()
+    def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
+        """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
+        sample's largest value (but at least 1).
 
-class _CannotBatch(Exception):
-    """This pipeline makes one sample per call."""
+        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), each step starts
+        from the pipeline's own.
+        """
+        found, single = self._found, self._found.single
+        arguments = dict(found.off)
+        if self.guidance is not None and guidance != 1:
+            arguments[self.guidance.argument] = guidance
+        theirs, later = torch.Generator().manual_seed(0), torch.Generator()
+
+        def note(recording: Recording) -> bool:
+            if not recording.steps_of(found.network) and recording.calls and len(recording.first_calls(found.network)) == 1:
+                later.set_state(theirs.get_state())  # what the pipeline draws after its initial noise, the scheduler draws
+            return False
+
+        negative = [self._runner.negative]  # also without guidance: the earlier stages of a cascade may be guided
+        recording = self._runner.run([self.placeholder()], arguments, steps=steps, stop=note, lenient=True, negative=negative, generator=theirs)
+        visited = recording.steps_of(found.network)
+        encode = self.condition if guidance != 1 else self._plain_condition
+        condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
+        if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
+            return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
+        return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
-def _after_steps(count: int) -> Any:
-    return lambda recording: len(recording.steps) >= count
+PROBE_SCALE = 3.0  #: any guidance scale at which a pipeline encodes the null condition, too
 
 
-def _config(pipeline: Any) -> Any:
-    return getattr(pipeline, "config", None)
-
-
-def _rows(value: Any) -> int:
-    return len(value)
-
-
-def _leading(flat: Mapping[str, Any], path: str | None) -> int:
-    """The number of rows of a call."""
-    if path is not None:
-        return len(flat[path])
-    return max((len(v) for v in flat.values() if isinstance(v, Tensor) and v.dim() > 1), default=1)
+def _difference(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))

@@ -30,7 +30,7 @@ from distill.logs import RunLog
 from distill.methods.base import Batch
 from distill.optim import build_optimizer, rate_at
 from distill.roles import average
-from distill.run import Parts, build, restore
+from distill.run import DTYPES, Parts, build, restore
 
 MAX_BAD_STEPS = 10  #: this many updates in a row with a loss or gradient that is not finite stop the run
 
@@ -70,7 +70,7 @@ class Trainer:
             for role, parameters in self.parameters.items()
         }
         student = self.parts.student.denoiser.named_parameters()
-        self.ema = {k: v.detach().clone() for k, v in student.items()} if config.student.ema else {}
+        self.ema = {k: self._averaged_copy(v) for k, v in student.items()} if config.student.ema else {}
         self.start = 0
         self.bad_steps = dict.fromkeys(self.parameters, 0)
         self._signal: int | None = None
@@ -130,6 +130,7 @@ class Trainer:
                 roles = (role,) if isinstance(role, str) else role
                 inputs = [p for r in roles for p in self.parameters[r]]
                 self.accelerator.backward(loss / len(updates), inputs=inputs)
+            self.parts.rest()
             values |= {f"{roles[0]}/loss": loss.detach()} | {f"{roles[0]}/{k}": v for k, v in logs.items()}
             for role in roles:
                 values[f"{role}/grad_norm"] = self._update(role, step)
@@ -174,9 +175,14 @@ class Trainer:
         student = self.parameters["student"]
         if self.ema:
             decay = min(self.config.student.ema, (1 + step) / (10 + step))
-            average(self.ema.values(), student, decay)
+            average(self.ema.values(), student, decay, mix_seed(self.config.seed, step, 1))
         if self.roles.target is not None:
-            average(self.roles.target.parameters(), student, self.method.target_decay(progress))
+            average(self.roles.target.parameters(), student, self.method.target_decay(progress), mix_seed(self.config.seed, step, 2))
+
+    def _averaged_copy(self, parameter: Tensor) -> Tensor:
+        section = self.config.student
+        device = torch.device("cpu") if section.ema_device == "cpu" else parameter.device
+        return parameter.detach().to(device, DTYPES[section.ema_dtype], copy=True)
 
     # -- samples --------------------------------------------------------------------------------------------------------
 

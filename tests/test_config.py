@@ -86,6 +86,19 @@ def test_mistakes_name_file_line_and_key(tmp_path: Path, line: int, broken: tupl
         ("trainer.mixed_precision=fp16", "fp16 needs a CUDA device"),
         ("student={lora: {rank: 4}}", "student.weights is full"),
         ("student={weights: lora, lora: {rank: 0}}", "greater than or equal to 1"),
+        ("student={weights: lora, train: [mid_block]}", "student.train: chooses among full weights"),
+        ("student={weights: lora, architecture: {num_layers: 2}}", "student.architecture: needs weights of its own"),
+        ("student={freeze: [conv_in], architecture: {num_layers: 2}}", "student.freeze: shares what is frozen"),
+        ("student={train: []}", "at least 1 item"),
+        ("student={architecture: {}}", "at least 1 item"),
+        ("student={ema: 0, ema_dtype: bfloat16}", "student.ema is 0"),
+        ("student={ema: 0, ema_device: cpu}", "student.ema is 0"),
+        ("student.ema_dtype=float16", "'float32' or 'bfloat16'"),
+        ("student.lora.dora=1", "valid boolean"),
+        ("trainer={offload: true, gradient_checkpointing: yes, compile: true}", "does not go with trainer.compile"),
+        ("trainer.attention=flash", "flash needs a CUDA device"),
+        ("trainer.attention=xformers", "xformers is not installed|xformers needs a CUDA device"),
+        ("optimizers.critic={name: adamw8bit}", "optimizers.critic.name: adamw8bit needs"),
         ("output.export=[lora]", "cannot be exported as a LoRA"),
         ("evaluate.steps=[1, 2]", "samples in at most 1 steps, not 2"),
         ("trainer.steps=-5", "greater than or equal to 1, not -5"),
@@ -98,6 +111,31 @@ def test_mistakes_name_file_line_and_key(tmp_path: Path, line: int, broken: tupl
 def test_impossible_settings_are_refused(tmp_path: Path, assignment: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         load_config(write(tmp_path), [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["student={weights: lora}", "trainer.offload=true"], "trainer.offload: finds nothing to move"),
+        (["teacher.quantize=8bit", "student={weights: lora, lora: {dora: true}}"], "DoRA does not work on 8-bit layers"),
+        (["teacher.quantize=4bit", "student.train=[mid_block]"], "teacher.quantize: quantises weights that the student's frozen layers share"),
+        (["teacher.quantize=4bit", "trainer.offload=true"], "quantised weights stay on the device"),
+        (["teacher.quantize=4bit", "trainer.compile=true"], "quantised layers are not compiled"),
+        (["teacher.quantize=3bit"], "teacher.quantize: input should be 'none', '8bit' or '4bit'"),
+    ],
+)
+def test_impossible_pairs_are_refused(tmp_path: Path, assignments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path), assignments)
+
+
+def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for assignment in ("teacher.quantize=4bit", "optimizers.student.name=adamw8bit"):
+        with pytest.raises(UserError, match=r"needs bitsandbytes, which is not installed: pip install 'distill-diffusion\[quantization\]'"):
+            load_config(write(tmp_path), [assignment])
+    with pytest.raises(UserError, match="xformers is not installed"):
+        load_config(write(tmp_path), ["trainer.attention=xformers"])
 
 
 def test_yaml_that_is_no_recipe(tmp_path: Path) -> None:

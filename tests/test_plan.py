@@ -97,9 +97,11 @@ def test_lora_shares_one_backbone(sd: Path) -> None:
     assert lora.peak < full.peak
 
 
-def test_data_on_the_device(sd: Path) -> None:
+def test_data_is_cached_or_stays(sd: Path) -> None:
     """Two different prompts, each with 77 × 24 numbers; the null prompt beside each."""
-    assert make_plan(load_config(sd), "cpu").memory["data"] == 2 * 2 * 77 * 24 * 4
+    cached, kept = (make_plan(load_config(sd, [f"data.cache={on}"]), "cpu") for on in ("true", "false"))
+    assert "data" not in cached.memory and cached.disk["cache"] == 2 * 2 * 77 * 24 * 4
+    assert kept.memory["data"] == 2 * 2 * 77 * 24 * 4 and kept.disk["cache"] == 0
 
 
 def test_disk(sd: Path) -> None:
@@ -262,12 +264,13 @@ def test_backbone_alone(tmp_path: Path, name: str) -> None:
 
 def test_checkpointing_recomputes_with_the_adapter_of_the_forward() -> None:
     """Else the second computation saves other tensors than the first, and PyTorch refuses."""
-    from distill.roles import LoRA, build_roles
+    from distill.adapters import LoRA
+    from distill.roles import build_roles
 
     teacher = Teacher(tiny.tiny_stable_diffusion())
     roles, adapters = build_roles(teacher, ["student", "critic"], LoRA(2, 2.0))
     assert adapters is not None
-    checkpoint_blocks(teacher.backbone, adapters.layers, Precision())
+    checkpoint_blocks(teacher.backbone, adapters, Precision())
     x, condition = torch.randn(1, 4, 8, 8), teacher.condition(["a cat"])
     loss = roles.student(x, torch.tensor([0.5]), condition).square().mean()
     assert roles.critic is not None

@@ -60,7 +60,18 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("recipe", [DMD2, CONSISTENCY, DMD2.replace("ema: 0.9", "ema: 0.9, weights: lora, lora: {rank: 2}")])
+KINDS = {
+    "full": "ema: 0.9", "lora": "ema: 0.9, weights: lora, lora: {rank: 2}", "dora": "ema: 0.9, weights: lora, lora: {rank: 2, dora: true}",
+    "selected": "ema: 0.9, ema_dtype: bfloat16, train: [mid_block, '*.attentions'], freeze: ['*.bias']",
+    "smaller": "ema: 0.9, ema_device: cpu, architecture: {block_out_channels: [16, 24]}",
+}
+SAVING = "device: cpu, gradient_checkpointing: true, offload: true"
+
+
+@pytest.mark.parametrize("recipe", [
+    DMD2, CONSISTENCY, *(DMD2.replace("ema: 0.9", KINDS[k]) for k in ("lora", "dora", "selected")),
+    CONSISTENCY.replace("ema: 0.9", KINDS["smaller"]).replace("device: cpu", SAVING),
+])
 def test_resumed_equals_uninterrupted(tmp_path: Path, recipe: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     Trainer(config_for(whole, recipe), whole).fit()
@@ -210,3 +221,38 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
     assert process.returncode == 0 and kills >= 2
     assert largest_difference(rows(whole), rows(broken)) <= 1e-6
     assert json.loads((broken / "student" / "model_index.json").read_text())["_class_name"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_trained_has_states_and_is_saved(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "run"
+    trainer = Trainer(config_for(folder, DMD2.replace("ema: 0.9", KINDS[kind]), "trainer.steps=1"), folder)
+    backbones = {r: getattr(trainer.roles, r).backbone for r in ("teacher", "student", "critic")}
+    before = {r: {n: p.clone() for n, p in b.named_parameters()} for r, b in backbones.items()}
+    trainer.fit()
+    tensors, _ = checkpoint.load(folder / "checkpoints", 1)
+    for role in ("student", "critic"):
+        named = trainer.roles.named_parameters(role)
+        trained = {id(p) for p in named.values()}
+        assert {n.removeprefix(f"{role}/") for n in tensors if n.startswith(f"{role}/")} == set(named)
+        states = [n for n in tensors if n.startswith(f"optimizer.{role}.") and n.endswith(".exp_avg")]
+        assert len(states) == len(named) and sum(tensors[n].numel() for n in states) == sum(p.numel() for p in named.values())
+        fixed = {n: p for n, p in backbones[role].named_parameters() if id(p) not in trained}
+        mine = {id(p) for r in ("student", "critic") for p in trainer.roles.parameters(r)}
+        assert all(torch.equal(p, before[role][n]) for n, p in fixed.items() if id(p) not in mine)
+        assert bool(fixed) == (kind in ("lora", "dora", "selected"))
+    assert {n.removeprefix("ema/") for n in tensors if n.startswith("ema/")} == set(trainer.roles.named_parameters("student"))
+    assert all(t.dtype == (torch.bfloat16 if kind == "selected" else torch.float32) for n, t in tensors.items() if n.startswith("ema/"))
+    frozen = {n: p for n, p in backbones["teacher"].named_parameters() if "lora_" not in n}
+    assert all(torch.equal(p, before["teacher"][n]) for n, p in frozen.items())
+
+
+def test_memory_options_change_no_loss(tmp_path: Path) -> None:
+    options = ("trainer.gradient_checkpointing=true", "trainer.offload=true", "trainer.attention=sdpa", "student.ema_device=cpu")
+    plain, saving = tmp_path / "plain", tmp_path / "saving"
+    for recipe, name in ((DMD2, "dmd2"), (CONSISTENCY, "consistency")):
+        Trainer(config_for(plain / name, recipe), plain / name).fit()
+        trainer = Trainer(config_for(saving / name, recipe, *options), saving / name)
+        assert len(trainer.parts.waiting) == (1 if name == "dmd2" else 2)
+        trainer.fit()
+        assert largest_difference(rows(plain / name), rows(saving / name)) <= 1e-5

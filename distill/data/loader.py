@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from distill.config import Data
+from distill.data.cache import default_folder
 from distill.data.digits import load_digits
-from distill.data.images import list_folder, read_image
+from distill.data.encoded import encode_conditions, encode_images
+from distill.data.images import list_folder
 from distill.data.prompts import read_prompts
-from distill.denoiser import Condition, cat
+from distill.denoiser import Condition
 from distill.errors import UserError
-from distill.progress import track
 from distill.teacher import Teacher
-
-ENCODE_BATCH = 16
 
 
 class TrainingData:
@@ -32,14 +31,12 @@ class TrainingData:
         inputs: one prompt, class label or None per sample; without x0, the pool that is drawn from.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int) -> None:
+    def __init__(self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int, cache_folder: Path | None = None) -> None:
         self.x0, self.inputs, self.seed = x0, list(inputs), seed
         unique = list(dict.fromkeys(self.inputs))
         position = {value: i for i, value in enumerate(unique)}
         self._index = torch.tensor([position[value] for value in self.inputs])
-        starts = range(0, len(unique), ENCODE_BATCH)
-        parts = [teacher.condition(unique[i : i + ENCODE_BATCH]) for i in track(starts, "encoding conditions")]
-        self._conditions = cat(parts) if parts[0].values else parts[0]
+        self._conditions, self._device = encode_conditions(teacher, unique, cache_folder), teacher.device
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -50,10 +47,7 @@ class TrainingData:
         positions = torch.arange(index * size, (index + 1) * size)
         chosen = torch.stack([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
         x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
-        if not self._conditions.values:
-            return x0, self._conditions
-        device = next(iter(self._conditions.values.values())).device
-        return x0, self._conditions[self._index[chosen].to(device)]
+        return x0, self._conditions.take(self._index[chosen]).to(self._device)
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch[0] != epoch:
@@ -72,6 +66,7 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
     Raises:
         UserError: if files are missing or broken, or do not fit the teacher.
     """
+    folder = (section.cache_folder or default_folder()).expanduser() if section.cache else None
     if section.source == "digits":
         if teacher.sample_shape != (1, 8, 8):
             raise UserError(f"data.source digits has 8×8 grey images; the teacher's samples are {'×'.join(map(str, teacher.sample_shape))}")
@@ -81,22 +76,13 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
     if section.source == "images":
         assert section.path is not None
         paths, inputs = list_folder(section.path.expanduser(), teacher.input_name, teacher.classes)
-        return TrainingData(teacher, _encode(teacher, paths) if needs_images else None, inputs, seed)
+        return TrainingData(teacher, encode_images(teacher, paths, folder) if needs_images else None, inputs, seed, folder)
     if section.source == "prompts":
         if teacher.input_name != "prompt":
             raise UserError("data.source prompts needs a text-conditional teacher; this one takes no prompts")
         assert section.path is not None
-        return TrainingData(teacher, None, read_prompts(section.path.expanduser()), seed)
+        return TrainingData(teacher, None, read_prompts(section.path.expanduser()), seed, folder)
     if teacher.input_name == "prompt":
         raise UserError("data.source: a text-conditional teacher needs prompts: set source: prompts and path, or source: images")
     classes = teacher.classes
     return TrainingData(teacher, None, list(range(classes)) if classes else [None], seed)
-
-
-def _encode(teacher: Teacher, paths: Sequence[Path]) -> Tensor:
-    """x0 of every image. They are read as they are encoded: only latents are kept, not the (much larger) images."""
-    parts = []
-    for i in track(range(0, len(paths), ENCODE_BATCH), "reading and encoding images"):
-        images = torch.stack([read_image(path, teacher.image_shape) for path in paths[i : i + ENCODE_BATCH]])
-        parts.append(teacher.encode(images.to(teacher.device)).to(teacher.denoiser.dtype))
-    return torch.cat(parts)

@@ -76,11 +76,28 @@ def finite_grid_ratio(intervals: int, solver: str, std: float = 0.6, passes: int
     return float(student.slopes[-1].detach()) / exact
 
 
+def straight_ratio(intervals: int, std: float = 0.6) -> float:
+    """The same for real data in the solver's place, in closed form: the best slope at t is a_s E[x_t x_s]/E[x_t²], so that
+    every interval shrinks the sample's deviation by the correlation of x_t and x_s, which share x0 and the noise."""
+    sigma = EDM(0.002, 80.0, 7.0).sigma(torch.arange(intervals + 1, dtype=torch.float64) / intervals)
+    deviation = (std**2 + sigma**2).sqrt()
+    correlation = (std**2 + sigma[1:] * sigma[:-1]) / (deviation[1:] * deviation[:-1])
+    return float(correlation.prod() * deviation[0] / std)
+
+
 def finite_grid_checks() -> Iterator[Check]:
     """The guide's finite-N table: the right check is convergence to the finite-N value, not to 1."""
     for solver, intervals, expected in (("ddim", 8, 0.707), ("heun", 8, 1.264), ("ddim", 64, 0.958), ("heun", 64, 1.0034)):
         value = finite_grid_ratio(intervals, solver)
         yield between("consistency", f"finite-grid optimum, {solver}, {intervals} intervals (closed form {expected})", value, expected * 0.99, expected * 1.01)
+    for intervals in (8, 64):
+        value, expected = finite_grid_ratio(intervals, "data"), straight_ratio(intervals)
+        title = f"finite-grid optimum, real data, {intervals} intervals (closed form {expected:.3f})"
+        yield between("consistency", title, value, expected * 0.99, expected * 1.01)
+    with replaced(rule, "straight_step", lambda schedule, x0, noise, s: schedule.add_noise(x0, noise.flip(0).roll(1, 0), s)):
+        value = finite_grid_ratio(64, "data")
+    expected = straight_ratio(64)
+    yield between("consistency", "ablation: another noise at s than at t, real data, 64 intervals", value, expected * 0.99, expected * 1.01, must_fail=True)
     first_order = finite_grid_ratio(8, "ddim")
     yield between("consistency", "ablation: first-order solver in place of Heun, 8 intervals", first_order, 1.264 * 0.99, 1.264 * 1.01, must_fail=True)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from distill.analytic import ExactMap, GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Prediction
+from distill.methods import consistency
 from distill.methods.base import Batch
-from distill.methods.consistency import Consistency, consistency_function
+from distill.methods.consistency import Consistency, consistency_function, interval_weights
 from distill.roles import Roles
 from distill.sampling import renoise_sample
 from distill.schedule import EDM, CosineVP, Flow, NoiseSchedule
+from distill.verify.core import replaced
 
 SCHEDULES: list[NoiseSchedule] = [CosineVP(), EDM(sigma_min=0.01, sigma_max=10.0), Flow()]
 MEAN, STD = (0.5, -0.3), (0.6, 0.9)
@@ -100,18 +103,44 @@ def test_the_exact_map_samples_the_data_in_any_number_of_steps(steps: int) -> No
     torch.testing.assert_close(x.std(0), torch.tensor(STD), atol=0, rtol=0.01)
 
 
-def test_weighting_and_target() -> None:
+def test_weights_by_hand() -> None:
+    """On the flow schedule sigma/alpha at 1/4, 1/2, 3/4 is 1/3, 1, 3, and infinite at 1 (kept at 10,000)."""
+    assert interval_weights("uniform", Flow(), 4).tolist() == [1, 1, 1, 1]
+    gap = torch.tensor([3.0, 1.5, 0.5, 1 / 9997], dtype=torch.float64)
+    torch.testing.assert_close(interval_weights("inverse_gap", Flow(), 4), gap / gap.mean())
+    noise = torch.tensor([3**0.5, 1, 3**-0.5, 0.01], dtype=torch.float64)
+    torch.testing.assert_close(interval_weights("inverse_noise", Flow(), 4), noise / noise.mean())
+    assert float(interval_weights("inverse_noise", Flow(), 1000).max() / interval_weights("inverse_noise", Flow(), 1000)[499]) == pytest.approx(4)
+
+
+def test_the_weight_of_a_sample_is_that_of_its_interval() -> None:
     teacher = gaussian(CosineVP(), MEAN, STD)
     roles = Roles(teacher, ExactMap(teacher))
-    plain, weighted = (
-        loss_of(Consistency(discretization=(16, 16), target="stop_gradient", weighting=w), roles) for w in ("uniform", "inverse_gap")  # type: ignore[arg-type]
-    )
-    assert weighted == pytest.approx(16 * plain)
+    settings: dict[str, Any] = {"discretization": (1, 1), "steps": 1, "target": "stop_gradient", "solver": "data"}
+    plain, weighted = (loss_of(Consistency(weighting=w, **settings), roles) for w in ("uniform", "inverse_noise"))  # type: ignore[arg-type]
+    assert weighted == pytest.approx(plain) and plain > 0  # one interval has the mean weight
+    with replaced(consistency, "interval_weights", lambda w, schedule, n: torch.full((n,), 3.0)):
+        assert loss_of(Consistency(**settings), roles) == pytest.approx(3 * plain)
+
+
+def test_targets() -> None:
     assert Consistency(target="stop_gradient").roles == ("student",) and Consistency(target="ema").roles == ("student", "target")
 
 
+def test_real_data_needs_no_teacher() -> None:
+    teacher = gaussian(CosineVP(), MEAN, STD)
+
+    class Untouchable(ExactMap):
+        def predict(self, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("called")
+
+    assert loss_of(Consistency(solver="data", target="stop_gradient"), Roles(Untouchable(teacher), ExactMap(teacher)), data=teacher) > 0
+
+
 @pytest.mark.parametrize(
-    "settings", [{"discretization": (10, 5)}, {"discretization": (0, 5)}, {"guidance_range": (5.0, 2.0)}, {"guidance_range": (0.5, 2.0)}, {"steps": 9}]
+    "settings",
+    [{"discretization": (10, 5)}, {"discretization": (0, 5)}, {"guidance_range": (5.0, 2.0)}, {"guidance_range": (0.5, 2.0)}, {"steps": 9},
+     {"solver": "data", "guidance_scale": 2.0}],
 )
 def test_impossible_settings(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -1,0 +1,224 @@
+"""Everything that there is to know of a pipeline's way of denoising, found by running it (``probe``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.call import Affine, Layout, flatten, same
+from distill.denoiser import Companion
+from distill.guidance import find_rule
+from distill.overrides import Override
+from distill.probing import NotUnderstood, Understanding, feeding, per_copy_answer, understand, understand_answer
+from distill.recording import NetworkCall, Recording, networks
+from distill.running import OTHER_GUIDANCE, Runner, after_steps, before_calls, is_cascade, repeated
+from distill.schedule import Kind, NoiseSchedule, from_scheduler
+
+SEEN_STEPS = 3  #: of a recording are computed: two timesteps differ, even where a solver visits one twice
+PROBE_GUIDANCE = 3.0
+LONGER_PROMPT = "a photograph of two"
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a pipeline arranges classifier-free guidance."""
+
+    argument: str  #: of its call
+    off: float
+    copies: int  #: in one call of the backbone
+    calls: int  #: of the backbone per step
+    conditional: int  #: which of the two answers is the conditional one
+    rule: str  #: how it combines them (``guidance.RULES``)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What probing found."""
+
+    network: str  #: the component that denoises
+    backbone: nn.Module
+    understood: Understanding
+    companions: tuple[tuple[Companion, Understanding], ...]
+    schedule: NoiseSchedule
+    scheduler_kind: Kind  #: what the pipeline gives its scheduler
+    recorded: Recording  #: a few computed steps for one input
+    template: Any  #: the backbone's answer to one input
+    batched: bool  #: whether the pipeline takes several inputs at once
+    off: dict[str, float]  #: the arguments of the pipeline's call that switch guidance off
+    guidance: Guidance | None = None
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.understood.sample_shape
+
+    def single(self, value: Tensor) -> Tensor:
+        """What a scheduler was given or made, for one input, as (1, *sample_shape or more channels)."""
+        rows = 1 if len(self.sample_shape) == value.dim() - 1 else self.sample_shape[0]
+        return value[:1] if rows == 1 else value[:rows].unsqueeze(0)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """A batch (batch, *sample_shape) as the scheduler takes it: video pipelines give it a row per frame."""
+        return x if x.dim() == self.recorded.steps_of(self.network)[0].sample.dim() else x.flatten(0, 1)
+
+
+def probe(runner: Runner, override: Override) -> Findings:
+    """Run the pipeline a few times and read off how it denoises.
+
+    Raises:
+        NotUnderstood: naming the one thing that could not be inferred.
+        ValueError: for a scheduler whose noise schedule is not known, or what the pipeline itself refuses.
+    """
+    found: Findings | None = None
+    problem: Exception | None = None
+    for off in runner.offs:
+        try:
+            candidate = _unguided(runner, override, off)
+        except Exception as error:  # the pipeline may refuse the second value
+            problem = problem or error
+            continue
+        found = found or candidate
+        if candidate.understood.copies == 1:
+            found = candidate
+            break
+    if found is None:
+        assert problem is not None
+        raise problem
+    return _with_guidance(found, runner)
+
+
+def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Findings:
+    network = override.network or _find_network(runner, off)
+    if network not in networks(runner.pipeline):
+        raise NotUnderstood(f"it has no network {network!r}", "network")
+    backbone = networks(runner.pipeline)[network]
+    one = runner.run([runner.placeholder], off, stop=after_steps(SEEN_STEPS, network))
+    steps = one.steps_of(network)
+    others = {c.network for s in one.steps for c in s.calls[-1:]} - {network}
+    if len(steps) < 2:
+        raise NotUnderstood(f"it denoises with {', '.join(sorted(others | {network}))} in turn" if others else f"it made {len(steps)} steps only", "network")
+    template = one.first_calls(network)[-1].output
+    settings: dict[str, Any] = {"stop": before_calls(1, network), "answers": {network: repeated(template, (), None)}}
+    two = _tolerant(runner, [runner.placeholder] * 2, off, **settings)
+    other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
+    understood = understand(backbone, network, one, two, other, {"state": override.state} if override.state else {})
+    companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
+    schedule, kind = from_scheduler(one.scheduler)
+    understood = understand_answer(understood, backbone, network, one, schedule, kind)
+    return Findings(network, backbone, understood, companions, schedule, kind, one, template, two is not None, off)
+
+
+def _find_network(runner: Runner, off: dict[str, float]) -> str:
+    """The component that denoises: the last one called before a step of the scheduler; in a cascade, the last stage's."""
+    stop = None if is_cascade(runner.pipeline) else after_steps(1)
+    seen = runner.run([runner.placeholder], off, lenient=True, stop=stop)
+    if not seen.steps or not seen.steps[-1].calls:
+        raise NotUnderstood("it never called its scheduler's step after a network", "network")
+    return seen.steps[-1].calls[-1].network
+
+
+def _tolerant(runner: Runner, inputs: Sequence[Any], off: dict[str, float], **settings: Any) -> Recording | None:
+    """A recording, or None if the pipeline refuses these inputs."""
+    try:
+        return runner.run(inputs, off, **settings)
+    except Exception:
+        return None
+
+
+def _find_companions(
+    pipeline: Any, understood: Understanding, network: str, backbone: nn.Module, one: Recording, two: Recording | None, other: Recording | None,
+) -> tuple[tuple[Companion, Understanding], ...]:
+    """The networks whose answers explain what else changes in the backbone's call from step to step."""
+    missing = list(understood.unexplained)
+    found: list[tuple[Companion, Understanding]] = []
+    calls = one.steps_of(network)[0].calls
+    flat = flatten([c for c in calls if c.network == network][-1].arguments, understood.whole)
+    for call in calls:
+        feeds = feeding(missing, flat, call) if call.network != network and call.output is not None else {}
+        if feeds:
+            module = networks(pipeline)[call.network]
+            its = understand(module, call.network, one, two, other, {})
+            if its.unexplained:
+                raise NotUnderstood(f"argument {its.unexplained[0]!r} of {type(module).__name__} changes from step to step", "network")
+            found.append((Companion(call.network, module, its.call, feeds), its))
+            missing = [m for m in missing if m not in feeds]
+    if missing:
+        raise NotUnderstood(
+            f"argument {missing[0]!r} of {type(backbone).__name__} changes from step to step, and is neither the state, nor a time, "
+            "nor another network's answer", "state",
+        )
+    return tuple(found)
+
+
+# -- guidance -----------------------------------------------------------------------------------------------------------
+
+
+def _with_guidance(found: Findings, runner: Runner) -> Findings:
+    """With how guidance is arranged, and the argument that takes the scale itself where the backbone has one."""
+    guidance = None
+    for name, off in found.off.items():
+        if name in OTHER_GUIDANCE or guidance is not None:
+            continue
+        recording = runner.run([runner.placeholder], found.off | {name: PROBE_GUIDANCE}, stop=after_steps(1, found.network), negative=[runner.negative])
+        step = recording.steps_of(found.network)[0]
+        calls = [c for c in step.calls if c.network == found.network]
+        answers = [answer for c in calls for answer in _answers(found, c)]
+        guided = found.single(step.model_output)  # some pipelines double the scheduler's sample, too
+        if len(answers) == 1:
+            found = _with_embedded(found, name, off, calls[0])
+        elif len(answers) == 2:
+            tolerance = 1e-4 if guided.dtype == torch.float32 else 2e-2
+            rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
+            if rule is not None:
+                guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
+                found = _with_null_conditions(found, calls)
+    return replace(found, guidance=guidance)
+
+
+def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:
+    """The model outputs in one call's answer to one input, one per copy of the batch."""
+    convention, whole = found.understood.call, found.understood.whole
+    rows = len(flatten(call.arguments, whole)[convention.state])
+    parts = per_copy_answer(call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
+    return [convention.sign * (convention.leave(p) if convention.leave is not None else p) for p in parts]
+
+
+def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Findings:
+    """What is the same for every sample, but another for the null condition, belongs to the samples after all."""
+    convention, whole = found.understood.call, found.understood.whole
+    told = [flatten(c.arguments, whole) for c in calls]
+    layouts = dict(convention.layouts)
+    for path, value in convention.constants.items():
+        guided = [t.get(path) for t in told]
+        doubled = isinstance(value, Tensor) and value.dim() > 0 and isinstance(guided[0], Tensor) and guided[0].shape == (2 * len(value), *value.shape[1:])
+        if doubled:
+            layouts[path] = Layout("stacked", 0, len(value))
+        elif len(guided) == 2 and any(not same(value, g) for g in guided):
+            layouts[path] = Layout("shared")
+    constants = {k: v for k, v in convention.constants.items() if k not in layouts}
+    return _with_call(found, layouts=layouts, constants=constants)
+
+
+def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) -> Findings:
+    """With the argument of the backbone that takes the guidance scale, if there is one."""
+    convention, whole = found.understood.call, found.understood.whole
+    if convention.embedded is not None:
+        return found
+    plain = flatten(found.recorded.first_calls(found.network)[-1].arguments, whole)
+    for path, value in flatten(call.arguments, whole).items():
+        before = plain.get(path)
+        if path in (convention.state, convention.guidance, *convention.times) or not isinstance(value, Tensor) or not isinstance(before, Tensor):
+            continue
+        if value.numel() == before.numel() == 1 and float(value) != float(before):
+            scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)
+            affine = Affine(scale, float(before) - scale * off)
+            layouts, constants = ({k: v for k, v in d.items() if k != path} for d in (convention.layouts, convention.constants))
+            return _with_call(found, layouts=layouts, constants=constants, embedded=(path, affine))
+    return found
+
+
+def _with_call(found: Findings, **changes: Any) -> Findings:
+    return replace(found, understood=replace(found.understood, call=replace(found.understood.call, **changes)))

@@ -1,0 +1,66 @@
+"""Combinations of student kinds and memory options that no run can satisfy, found from the recipe alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from distill import yamltree
+from distill.attention import missing_xformers
+from distill.config import Config
+from distill.quantize import missing_package
+
+
+def impossible_student(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
+    """What the kinds of students exclude."""
+    student = config.student
+    parts = [key for key in ("train", "freeze") if getattr(student, key) is not None]
+    if student.weights == "lora":
+        for key in parts:
+            yield ("student", key), "chooses among full weights: for a LoRA student choose layers with student.lora.targets"
+        if student.architecture is not None:
+            yield ("student", "architecture"), "needs weights of its own, and a LoRA student shares the teacher's: set student.weights: full"
+    if student.architecture is not None and parts:
+        yield ("student", parts[0]), "shares what is frozen with the teacher, and a student of another architecture shares nothing: leave out one of the two"
+    if not student.ema:
+        for key, default in (("ema_dtype", "float32"), ("ema_device", "same")):
+            if getattr(student, key) != default:
+                yield ("student", key), "is set, but there are no averaged weights: student.ema is 0"
+
+
+def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
+    """What the memory options exclude, and what they need that is not here."""
+    student, trainer, quantize = config.student, config.trainer, config.teacher.quantize
+    cuda = torch.cuda.is_available() and trainer.device in ("auto", "cuda")
+    if quantize != "none":
+        if student.train is not None or student.freeze is not None:
+            yield ("teacher", "quantize"), "quantises weights that the student's frozen layers share: leave out one of the two"
+        if quantize == "8bit" and student.lora is not None and student.lora.dora:
+            yield ("teacher", "quantize"), "DoRA does not work on 8-bit layers: use 4bit, or student.lora.dora: false"
+        if trainer.offload:
+            yield ("trainer", "offload"), "quantised weights stay on the device: leave out teacher.quantize or trainer.offload"
+        if trainer.compile:
+            yield ("trainer", "compile"), "quantised layers are not compiled: leave out teacher.quantize or trainer.compile"
+        problem = missing_package()
+        if problem:
+            yield ("teacher", "quantize"), problem
+    if trainer.offload and student.weights == "lora":
+        yield ("trainer", "offload"), "finds nothing to move: the roles of a LoRA student share one backbone, which is never idle"
+    if trainer.gradient_checkpointing and trainer.compile:
+        yield ("trainer", "gradient_checkpointing"), "does not go with trainer.compile: choose one"
+    if trainer.attention == "xformers":
+        problem = missing_xformers() or (None if cuda else "xformers needs a CUDA device: set trainer.device: cuda, or attention: sdpa")
+        if problem:
+            yield ("trainer", "attention"), problem
+    if trainer.attention == "flash":
+        if not cuda:
+            yield ("trainer", "attention"), "flash needs a CUDA device, and none is used here: set attention: sdpa"
+        elif config.teacher.dtype == "float32" and trainer.mixed_precision == "no":
+            yield ("trainer", "attention"), "flash computes in 16 bit: set trainer.mixed_precision: bf16 or teacher.dtype: bfloat16, or attention: sdpa"
+    for role in ("student", "critic", "discriminator"):
+        section = getattr(config.optimizers, role)
+        if section is not None and section.name == "adamw8bit":
+            problem = missing_package() or (None if cuda else "needs a CUDA device, and none is used here: use adamw")
+            if problem:
+                yield ("optimizers", role, "name"), f"adamw8bit {problem}"

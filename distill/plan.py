@@ -9,6 +9,7 @@ Where that does not fit a GPU, settings that take less are tried in order of har
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from distill.config import Config
 from distill.data.prompts import read_prompts
 from distill.denoiser import Condition
 from distill.methods.base import Batch
+from distill.plan_calls import average_calls
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, Trace, checkpoint_blocks, trace_step
 from distill.run import DTYPES, Parts, assemble
@@ -132,7 +134,9 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
 
     batches = [_batch(config, teacher, condition) for _ in range(min(settings.accumulate, 2))]
     try:
-        trace = trace_step(config.method, roles, batches, standing, precision, away)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            trace = trace_step(config.method, roles, batches, standing, precision, away)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error).lower():
             raise
@@ -142,6 +146,7 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
         reason = f"a step of {config.method.name} on {type(teacher.backbone).__name__} looks at values, which a plan does not have"
         notes.append(f"activations and work are not estimated: {reason} ({str(error).splitlines()[0][:100]})")
     factor = settings.accumulate / len(batches)
+    calls, flops = _on_average(config, parts, batches[0], trace, len(batches))
     peak = dict(trace.peak)
     if memory.quantize != "none":
         teachers = next(iter(weights))
@@ -151,10 +156,23 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
     return Plan(
         type(teacher.pipeline).__name__, type(teacher.backbone).__name__, config.method.name, teacher.sample_shape, settings.batch_size, settings.accumulate,
         device, _parameters(parts), {k: v for k, v in peak.items() if v}, trace.during,
-        [{"role": role, "batch": batch, "forwards": round(count * factor)} for (role, batch), count in sorted(trace.forwards.items())],
-        {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in trace.flops.items()},
+        [{"role": role, "batch": batch, "forwards": round(n * settings.accumulate, 2)} for (role, batch), n in sorted(calls.items())],
+        {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in flops.items()},
         _disk(config, parts, on_disk + latents * config.data.cache), _encoders(teacher), notes,
     )
+
+
+def _on_average(config: Config, parts: Parts, batch: Batch, trace: Trace, micro: int) -> tuple[Mapping[tuple[str, int], float], Mapping[str, float]]:
+    """Calls of one micro-batch, and the work of all that were traced, for a method that draws its number of steps."""
+    traced = Counter({key: n // micro for key, n in trace.forwards.items()})
+    if not traced:
+        return {}, {}
+    calls = average_calls(config.method, parts.roles, batch, trace.features, Counter(traced))
+    flops: dict[str, float] = dict(trace.flops)
+    for role in {role for role, _ in traced}:
+        samples, expected = (sum(n * size for (r, size), n in found.items() if r == role) for found in (trace.forwards, calls))
+        flops[f"{role} forward"] *= expected * micro / samples
+    return calls, flops
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Trace:
     forwards: Counter[tuple[str, int]] = field(default_factory=Counter)  #: (role, batch) → calls of its network
     backwards: Counter[str] = field(default_factory=Counter)  #: role → updates
     flops: Counter[str] = field(default_factory=Counter)  #: "student forward", "critic backward", … → floating-point operations
+    features: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: shapes of the hidden features that were asked for, without the batch
     during: str = ""  #: what runs at the peak
 
 
@@ -307,6 +308,8 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
                 scale.visit(*visiting[role])
             with scale.named(f"{role} forward"):
                 result = function(x_t, *args, **kwargs)
+            caught = result if isinstance(result, Mapping) else result.features
+            scale.trace.features.update({name: tuple(value.shape[1:]) for name, value in caught.items()})
             if role in visiting and not torch.is_grad_enabled():
                 scale.leave(visiting[role][0])
             return result

@@ -210,6 +210,15 @@ def test_a_method_that_reads_values_is_planned_without_activations(sd: Path, mon
     assert plan.memory["student weights"] > 0
 
 
+def test_calls_of_a_method_that_draws_its_steps(sd: Path) -> None:
+    """A four-step student's sample takes 1, 2, 3 or 4 calls, 2.5 on average; a step of DMD2 makes three samples here."""
+    plan = make_plan(load_config(sd, ["method.steps=4"]), "cpu")
+    calls = {c["role"]: c["forwards"] for c in plan.calls}
+    assert calls["student"] == pytest.approx(7.5, abs=3.5 * (3 * 1.25 / 32) ** 0.5)  # 3.5 standard errors of 32 draws
+    assert calls["critic"] == 3 and calls["teacher"] == 1
+    assert plan.flops["student forward"] / plan.flops["critic forward"] == pytest.approx(calls["student"] / 3)
+
+
 # -- pipelines without weights ------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,9 @@ Where that does not fit a GPU, settings that take less are tried in order of har
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from distill.config import Config
 from distill.data.prompts import read_prompts
 from distill.denoiser import Condition
 from distill.methods.base import Batch
+from distill.plan_calls import average_calls
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, Trace, checkpoint_blocks, trace_step
 from distill.run import DTYPES, Parts, assemble
@@ -43,17 +44,14 @@ class Memory:
 
     checkpointing: bool = False
     offload: bool = False
-    quantize: str = "none"
+    quantize: str = "none"  #: or "8bit", "4bit"
     ema_dtype: str = "float32"
     ema_device: str = "same"
 
     @classmethod
     def of(cls, config: Config) -> Memory:
         trainer, student, teacher = config.trainer, config.student, config.teacher
-        return cls(
-            bool(getattr(trainer, "gradient_checkpointing", False)), bool(getattr(trainer, "offload", False)),
-            str(getattr(teacher, "quantize", "none")), str(getattr(student, "ema_dtype", "float32")), str(getattr(student, "ema_device", "same")),
-        )
+        return cls(trainer.gradient_checkpointing, trainer.offload, teacher.quantize, student.ema_dtype, student.ema_device)
 
 
 @dataclass
@@ -97,7 +95,8 @@ def make_plan(config: Config, device: str | None = None, memory: Memory | None =
     """
     memory = memory or Memory.of(config)
     device = device or ("cuda" if config.trainer.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
-    teacher = hollow_teacher(config.teacher.pipeline, DTYPES[config.teacher.dtype], config.teacher.revision)
+    section = config.teacher
+    teacher = hollow_teacher(section.pipeline, DTYPES[section.dtype], section.revision, section.call, section.override)
     return plan_of(config, teacher, device, memory)
 
 
@@ -108,12 +107,15 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
     roles, settings = parts.roles, config.trainer
     precision = Precision({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision], device == "cuda")
     for network in _backbones(parts) if memory.checkpointing else ():
-        checkpoint_blocks(network, parts.adapters.layers if parts.adapters else [], precision)
+        checkpoint_blocks(network, parts.adapters, precision)
     condition = teacher.condition([teacher.placeholder()])
     samples, inputs = _data_size(config, teacher)
     one_condition = sum(_nbytes(v) for v in (*condition.values.values(), *(condition.null or {}).values()))
     one_sample = _product(teacher.sample_shape) * torch.empty((), dtype=teacher.denoiser.dtype).element_size()
-    data = inputs * one_condition + (samples * one_sample if config.method.needs_images() else 0)
+    # Encoded prompts are read from the disk, batch by batch; latents stay on the device.
+    on_disk = inputs * one_condition if config.data.cache and teacher.input_name == "prompt" else 0
+    latents = samples * one_sample if config.method.needs_images() else 0
+    data = latents + inputs * one_condition - on_disk
     weights = _weights(parts)
     away = _idle(parts, weights) if memory.offload else {}
     notes: list[str] = []
@@ -132,7 +134,9 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
 
     batches = [_batch(config, teacher, condition) for _ in range(min(settings.accumulate, 2))]
     try:
-        trace = trace_step(config.method, roles, batches, standing, precision, away)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            trace = trace_step(config.method, roles, batches, standing, precision, away)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error).lower():
             raise
@@ -142,6 +146,7 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
         reason = f"a step of {config.method.name} on {type(teacher.backbone).__name__} looks at values, which a plan does not have"
         notes.append(f"activations and work are not estimated: {reason} ({str(error).splitlines()[0][:100]})")
     factor = settings.accumulate / len(batches)
+    calls, flops = _on_average(config, parts, batches[0], trace, len(batches))
     peak = dict(trace.peak)
     if memory.quantize != "none":
         teachers = next(iter(weights))
@@ -151,10 +156,23 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
     return Plan(
         type(teacher.pipeline).__name__, type(teacher.backbone).__name__, config.method.name, teacher.sample_shape, settings.batch_size, settings.accumulate,
         device, _parameters(parts), {k: v for k, v in peak.items() if v}, trace.during,
-        [{"role": role, "batch": batch, "forwards": round(count * factor)} for (role, batch), count in sorted(trace.forwards.items())],
-        {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in trace.flops.items()},
-        _disk(config, parts, data), _encoders(teacher), notes,
+        [{"role": role, "batch": batch, "forwards": round(n * settings.accumulate, 2)} for (role, batch), n in sorted(calls.items())],
+        {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in flops.items()},
+        _disk(config, parts, on_disk + latents * config.data.cache), _encoders(teacher), notes,
     )
+
+
+def _on_average(config: Config, parts: Parts, batch: Batch, trace: Trace, micro: int) -> tuple[Mapping[tuple[str, int], float], Mapping[str, float]]:
+    """Calls of one micro-batch, and the work of all that were traced, for a method that draws its number of steps."""
+    traced = Counter({key: n // micro for key, n in trace.forwards.items()})
+    if not traced:
+        return {}, {}
+    calls = average_calls(config.method, parts.roles, batch, trace.features, Counter(traced))
+    flops: dict[str, float] = dict(trace.flops)
+    for role in {role for role, _ in traced}:
+        samples, expected = (sum(n * size for (r, size), n in found.items() if r == role) for found in (trace.forwards, calls))
+        flops[f"{role} forward"] *= expected * micro / samples
+    return calls, flops
 
 
 # -- sizes --------------------------------------------------------------------------------------------------------------
@@ -169,6 +187,9 @@ def _weights(parts: Parts) -> dict[str, list[Tensor]]:
         network: Any = getattr(roles, role)
         if network is not None:
             found[f"{role} weights"] = list(roles.parameters(role)) if shared else _tensors_of(network.backbone)
+    companions = [t for c in parts.teacher.denoiser.companions for t in _tensors_of(c.module)]
+    if companions:
+        found["companion weights"] = companions
     if roles.discriminator is not None:
         found["discriminator weights"] = _tensors_of(roles.discriminator)
     seen: set[int] = set()
@@ -212,7 +233,7 @@ def _state_bytes(config: Config, role: str, parameters: list[nn.Parameter]) -> i
 
 
 def _averaged_bytes(parameters: list[nn.Parameter], memory: Memory) -> int:
-    return sum(p.numel() * (2 if memory.ema_dtype == "bfloat16" else p.element_size()) for p in parameters)
+    return sum(p.numel() * (2 if memory.ema_dtype == "bfloat16" else 4) for p in parameters)
 
 
 def _quantization_saves(weights: list[Tensor], bits: str) -> int:
@@ -246,20 +267,19 @@ def _data_size(config: Config, teacher: Teacher) -> tuple[int, int]:
     return 0, teacher.classes or 1
 
 
-def _disk(config: Config, parts: Parts, data: int) -> dict[str, int]:
+def _disk(config: Config, parts: Parts, cached: int) -> dict[str, int]:
     """A checkpoint holds what is trained, its optimizers' states and the averages; the newest few are kept, and one is being written."""
     roles = parts.roles
     held = [p for role in (*roles.trained(), "target") for p in roles.parameters(role)]
     averaged = _averaged_bytes(roles.parameters("student"), Memory.of(config)) if config.student.ema else 0
     checkpoint = sum(p.nbytes for p in held) + averaged + sum(_state_bytes(config, role, roles.parameters(role)) for role in roles.trained())
     exported = sum(p.nbytes for p in roles.parameters("student"))
-    return {"checkpoint": checkpoint, "checkpoints": checkpoint * (config.trainer.keep_checkpoints + 1), "cache": data, "export": exported}
+    return {"checkpoint": checkpoint, "checkpoints": checkpoint * (config.trainer.keep_checkpoints + 1), "cache": cached, "export": exported}
 
 
 def _encoders(teacher: Teacher) -> dict[str, int]:
     """Networks that make conditions and decode samples: on the device before and between training."""
-    parts = teacher.pipeline.components.items()
-    return {n: sum(t.nbytes for t in _tensors_of(m)) for n, m in parts if isinstance(m, nn.Module) and m is not teacher.backbone}
+    return {name: sum(t.nbytes for t in _tensors_of(network)) for name, network in teacher.encoders()}
 
 
 def _batch(config: Config, teacher: Teacher, condition: Condition) -> Batch:
@@ -270,9 +290,10 @@ def _batch(config: Config, teacher: Teacher, condition: Condition) -> Batch:
 
 
 def _without_hardware(config: Config) -> Config:
-    """The recipe without the settings that need real weights: their effect is a matter of arithmetic."""
-    teacher = config.teacher
-    return config.model_copy(update={"teacher": teacher.model_copy(update={"quantize": "none"})}) if hasattr(teacher, "quantize") else config
+    """The recipe without the settings that need real weights or kernels: they are planned in ways of their own."""
+    teacher = config.teacher.model_copy(update={"quantize": "none"})
+    trainer = config.trainer.model_copy(update={"gradient_checkpointing": False, "offload": False, "attention": "default"})
+    return config.model_copy(update={"teacher": teacher, "trainer": trainer})
 
 
 def _nbytes(value: Any) -> int:
@@ -284,6 +305,3 @@ def _product(shape: tuple[int, ...]) -> int:
     for n in shape:
         result *= n
     return result
-
-
-__all__ = ["GIB", "Memory", "Path", "Plan", "make_plan", "plan_of", "replace"]

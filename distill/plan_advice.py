@@ -121,7 +121,7 @@ def _checkpointing(setting: Setting) -> Setting | None:
 def _lora(setting: Setting) -> Setting | None:
     config, memory = setting
     student = config.student
-    of_its_own = any(getattr(student, key, None) for key in ("architecture", "train", "freeze"))
+    of_its_own = student.architecture or student.train or student.freeze
     if student.weights == "lora" or of_its_own or config.method.guidance_embedding():
         return None
     return config.model_copy(update={"student": student.model_copy(update={"weights": "lora", "lora": student.lora or LoRA()})}), memory
@@ -159,7 +159,7 @@ def _batch_of_one(setting: Setting) -> Setting | None:
 def _quantized(setting: Setting) -> Setting | None:
     config, memory = setting
     student = config.student
-    if memory.quantize == "4bit" or memory.offload or getattr(student, "train", None) or getattr(student, "freeze", None):
+    if memory.quantize == "4bit" or memory.offload or student.train or student.freeze:
         return None
     return config, replace(memory, quantize="4bit")
 

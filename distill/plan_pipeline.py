@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.call import Call
 from distill.denoiser import Condition
 from distill.errors import UserError
 from distill.loading import SHIPPED_PIPELINES, _looks_like_hub_id, quiet, read_model_index, shipped_pipeline
+from distill.overrides import find_override
 from distill.plan_backbones import backbone_pipeline
 from distill.resources import find
 from distill.teacher import Teacher
@@ -33,12 +35,15 @@ CONFIG_FILES = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model", "config.
 _WRAPPED = ("forward", "encode", "decode", "get_text_features", "get_image_features")
 
 
-def hollow_teacher(name: str, dtype: torch.dtype = torch.float32, revision: str | None = None) -> Teacher:
+def hollow_teacher(
+    name: str, dtype: torch.dtype = torch.float32, revision: str | None = None, call: Mapping[str, Any] | None = None, override: str | None = None,
+) -> Teacher:
     """The ``Teacher`` of a pipeline's configuration, with every network on the meta device.
 
     Args:
         name: a pipeline folder (its weights are not read, and may be missing), a shipped asset, a hub id, or the folder of
             a backbone alone (a ``config.json`` that names a diffusers class).
+        call, override: as in the recipe's section ``teacher``.
 
     Raises:
         UserError: if there is no configuration to be found, or the pipeline could not be called.
@@ -46,7 +51,7 @@ def hollow_teacher(name: str, dtype: torch.dtype = torch.float32, revision: str 
     folder = config_folder(name, revision)
     with quiet():
         pipeline = hollow_pipeline(folder, dtype)
-    return on_meta(Teacher(pipeline))
+    return on_meta(Teacher(pipeline, call, find_override(override, type(pipeline).__name__)))
 
 
 def config_folder(name: str, revision: str | None = None) -> Path:
@@ -271,12 +276,13 @@ def _mapped(tree: Any, f: Callable[[Tensor], Tensor]) -> Any:
 
 def on_meta(teacher: Teacher) -> Teacher:
     """The teacher with its backbone callable as it is, and what it says of conditions moved to where the backbone is."""
-    for name in _WRAPPED:
-        teacher.backbone.__dict__.pop(name, None)
-    teacher.backbone.__class__ = type(teacher.backbone).__bases__[0]
     denoiser, encode = teacher.denoiser, teacher.condition
-    constants = {path: _mapped(value, _to_meta) for path, value in denoiser.call.constants.items()}
-    denoiser.call = replace(denoiser.call, constants=constants)
+    for network in {id(n): n for n in (teacher.backbone, *(c.module for c in denoiser.companions))}.values():
+        for name in _WRAPPED:
+            network.__dict__.pop(name, None)
+        network.__class__ = type(network).__bases__[0]
+    denoiser.call = _call_on_meta(denoiser.call)
+    denoiser.companions = [replace(c, call=_call_on_meta(c.call)) for c in denoiser.companions]
 
     @functools.wraps(encode)
     def condition(inputs: Any, negative: Any = None) -> Condition:
@@ -285,6 +291,10 @@ def on_meta(teacher: Teacher) -> Teacher:
 
     teacher.condition = condition  # type: ignore[method-assign]
     return teacher
+
+
+def _call_on_meta(call: Call) -> Call:
+    return replace(call, constants={path: _mapped(value, _to_meta) for path, value in call.constants.items()})
 
 
 def _read_json(path: Path) -> dict[str, Any]:

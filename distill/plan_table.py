@@ -88,7 +88,7 @@ def count(n: int) -> str:
 def _roles(plan: Plan) -> list[list[str]]:
     rows = []
     for role, numbers in plan.parameters.items():
-        calls = [f"{call['forwards']}" + (f" × {call['batch']}" if call["batch"] > 1 else "") for call in plan.calls if call["role"] == role]
+        calls = [f"{call['forwards']:g}" + (f" × {call['batch']}" if call["batch"] > 1 else "") for call in plan.calls if call["role"] == role]
         trained = count(numbers["trained"]) if numbers["trained"] else "–"
         rows.append([role, count(numbers["parameters"]), trained, " + ".join(calls) or "–", str(plan.updates.get(role, "–"))])
     return rows

@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from distill.adapters import Adapters
 from distill.errors import UserError
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
@@ -41,6 +42,7 @@ class Trace:
     forwards: Counter[tuple[str, int]] = field(default_factory=Counter)  #: (role, batch) → calls of its network
     backwards: Counter[str] = field(default_factory=Counter)  #: role → updates
     flops: Counter[str] = field(default_factory=Counter)  #: "student forward", "critic backward", … → floating-point operations
+    features: dict[str, tuple[int, ...]] = field(default_factory=dict)  #: shapes of the hidden features that were asked for, without the batch
     during: str = ""  #: what runs at the peak
 
 
@@ -213,27 +215,20 @@ class Precision:
     cuda: bool = True
 
 
-def checkpoint_blocks(backbone: nn.Module, layers: list[Any], precision: Precision) -> None:
-    """Gradient checkpointing of a backbone whose step is to be traced.
-
-    Args:
-        layers: with adapters; a block is computed again with those that were on at first.
+def checkpoint_blocks(backbone: nn.Module, adapters: Adapters | None, precision: Precision) -> None:
+    """``memory.checkpoint_activations`` for a backbone whose step is to be traced.
 
     Raises:
         UserError: if the backbone's class cannot do it.
     """
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
-        switches = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+        adapter = None if adapters is None else adapters.active
 
         def again(*inputs: Any) -> Any:
-            now = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
-            _switch(layers, switches)
-            try:
-                with _AsOnDevice(precision):  # the one around the step does not reach into the backward pass
-                    return block(*inputs)
-            finally:
-                _switch(layers, now)
+            # The rules around the step do not reach into the backward pass.
+            with nullcontext() if adapters is None else adapters.using(adapter), _AsOnDevice(precision):
+                return block(*inputs)
 
         return checkpoint(again, *args, use_reentrant=False)
 
@@ -241,11 +236,6 @@ def checkpoint_blocks(backbone: nn.Module, layers: list[Any], precision: Precisi
         backbone.enable_gradient_checkpointing(gradient_checkpointing_func=run)  # type: ignore[operator]
     except (AttributeError, ValueError):
         raise UserError(f"trainer.gradient_checkpointing: {type(backbone).__name__} has no blocks to checkpoint: set it to false") from None
-
-
-def _switch(layers: list[Any], switches: list[tuple[Any, Any]]) -> None:
-    for layer, (off, active) in zip(layers, switches, strict=True):
-        layer._disable_adapters, layer._active_adapter = off, active
 
 
 def trace_step(
@@ -318,6 +308,8 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
                 scale.visit(*visiting[role])
             with scale.named(f"{role} forward"):
                 result = function(x_t, *args, **kwargs)
+            caught = result if isinstance(result, Mapping) else result.features
+            scale.trace.features.update({name: tuple(value.shape[1:]) for name, value in caught.items()})
             if role in visiting and not torch.is_grad_enabled():
                 scale.leave(visiting[role][0])
             return result

@@ -40,6 +40,43 @@ def test_teacher_agrees_with_the_cpu() -> None:
     torch.testing.assert_close(*outputs, atol=1e-3, rtol=1e-3)
 
 
+SDXL_RECIPE = """
+teacher: {{pipeline: {folder}/sdxl, dtype: bfloat16}}
+student: {{weights: lora, lora: {{rank: 64}}}}
+method: {{name: dmd2, guidance_scale: 8.0}}
+data: {{source: prompts, path: {folder}/prompts.txt}}
+trainer: {{batch_size: 1, gradient_checkpointing: true}}
+output: {{folder: {folder}/run}}
+"""
+
+
+@pytest.mark.slow
+def test_sdxl_lora_step_below_22_gib(tmp_path: Path) -> None:
+    """DMD2 with adapters on one SDXL-sized backbone at 1024², as in docs/plan.md, with made-up weights: the plan and a real step."""
+    import pipeline_configs
+    from test_plan import measured
+
+    pipeline_configs.write_sdxl(tmp_path / "sdxl")
+    (tmp_path / "prompts.txt").write_text("a photograph\n")
+    (tmp_path / "recipe.yaml").write_text(SDXL_RECIPE.format(folder=tmp_path))
+    found = measured(tmp_path / "recipe.yaml", [], "cuda")
+    assert max(found["planned"], found["measured"]) < 22 * 2**30
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_sd3_step_is_planned_within_15_percent(tmp_path: Path) -> None:
+    """The same on an SD3-sized transformer."""
+    import pipeline_configs
+    from test_plan import measured
+
+    pipeline_configs.write_sd3(tmp_path / "sdxl")
+    (tmp_path / "prompts.txt").write_text("a photograph\n")
+    (tmp_path / "recipe.yaml").write_text(SDXL_RECIPE.format(folder=tmp_path))
+    found = measured(tmp_path / "recipe.yaml", ["method.guidance_scale=5.0"], "cuda")
+    assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
+
+
 def missing(package: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
 

@@ -103,7 +103,8 @@ def random_teacher(config: Any, device: str) -> Any:
     from distill.plan_pipeline import hollow_teacher
     from distill.run import DTYPES
 
-    teacher = hollow_teacher(config.teacher.pipeline, DTYPES[config.teacher.dtype])
+    section = config.teacher
+    teacher = hollow_teacher(section.pipeline, DTYPES[section.dtype], section.revision, section.call, section.override)
     teacher.backbone.to_empty(device=device)
     with torch.no_grad():
         for name, p in teacher.backbone.named_parameters():

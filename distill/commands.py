@@ -68,6 +68,7 @@ def train(config: Config, resume: bool, overwrite: bool) -> int:
     _prepare(folder, config, resume, overwrite)
     try:
         trainer = Trainer(config, folder, resume)
+        exporting.check_forms(trainer.parts.student, config.output.export)
     except UserError:
         if not resume:
             _remove_if_empty(folder)
@@ -118,6 +119,10 @@ def _export_all(config: Config, student: Student, folder: Path, rows: list[dict[
     facts: dict[str, Any] = {"method": config.method.name, "teacher_name": config.teacher.pipeline, "overwrite": True, "metrics": rows}
     if "lora" in config.output.export:
         exporting.export_lora(student, folder / "lora", **facts)
+    if "lora-kohya" in config.output.export:
+        exporting.export_lora(student, folder / "lora-kohya", names="kohya", **facts)
+    if "few-step" in config.output.export:
+        exporting.export_few_step(student, folder / "few-step", **facts)
     try:
         exporting.export_diffusers(student, folder / "student", **facts)
     except exporting.NoStockScheduler as error:

@@ -127,7 +127,7 @@ class Evaluate(Section):
 
 class Output(Section):
     folder: Path
-    export: list[Literal["diffusers", "lora"]] = ["diffusers"]
+    export: list[Literal["diffusers", "few-step", "lora", "lora-kohya"]] = ["diffusers"]  #: what beside student/, see docs/export.md
 
 
 class Config(Section):
@@ -310,7 +310,7 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     yield from impossible_memory(config)
     if config.student.weights == "full" and config.student.lora is not None:
         yield ("student", "lora"), "is set, but student.weights is full: set weights: lora, or leave it out"
-    if "lora" in config.output.export and config.student.weights == "full":
+    if any(form.startswith("lora") for form in config.output.export) and config.student.weights == "full":
         yield ("output", "export"), "a student with full weights cannot be exported as a LoRA: set student.weights: lora"
     longest = len(method.sampler().times)
     for steps in config.evaluate.steps or ():

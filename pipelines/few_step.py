@@ -146,6 +146,12 @@ class FewStepPipeline(Stock):
             scheduler.register_to_config(**others)  # pipelines read what they need of it
             self.register_modules(scheduler=scheduler)
 
+    @classmethod
+    def on(cls, pipe):
+        """This student's pipeline on the parts and the configuration of a loaded one: its teacher's, for a LoRA."""
+        known = {**pipe.config, **pipe.components}
+        return cls(**{name: known[name] for name in inspect.signature(cls.__init__).parameters if name in known})
+
     @functools.wraps(Stock.__call__)
     def __call__(self, *args, **kwargs):
         settings, stock = self.settings, super().__call__

@@ -153,6 +153,9 @@ def test_runs_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, "resume it with its own recipe", *train("method.critic_steps=3"), "--resume")
     refused(capsys, "full weights cannot be exported as a LoRA", "export", "run", "--to", "lora", "--out", "lora")
     refused(capsys, "not a training run", "export", "nowhere")
+    kohya = train("student={weights: lora, lora: {rank: 2}}", "output={folder: kohya, export: [lora-kohya]}")
+    refused(capsys, "no kohya names are known for a UNet2DModel", *kohya)  # before it trains, not after
+    assert not Path("kohya").exists()
     refused(capsys, "--max-shard-size big is no size: write it as 5GB", "export", "run", "--max-shard-size", "big")
     refused(capsys, "are for whole pipelines", "export", "run", "--to", "lora", "--variant", "fp16")
     refused(capsys, "--push student is no repository: write it as owner/name", "export", "run", "--push", "student")

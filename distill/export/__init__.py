@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.export import assembly, few_step, words
+from distill.export import assembly, few_step, kohya, words
 from distill.export.assembly import carry_code
 from distill.export.calls import call_guidance, plain_call
 from distill.export.files import VARIANTS, check_shard_size, read_facts, to_variant, write_facts, writing
@@ -28,7 +28,7 @@ from distill.resources import find
 from distill.student import Student
 
 __all__ = [
-    "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "export_diffusers", "export_few_step", "export_lora",
+    "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "check_forms", "export_diffusers", "export_few_step", "export_lora",
     "load_export", "read_facts",
 ]
 
@@ -107,6 +107,16 @@ def export_few_step(
         loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
         every = range(1, len(student.sampler.times) + 1)
         prove(student, loaded, "the exported pipeline", plain, {n: {} for n in every}, half=format.variant is not None)
+
+
+def check_forms(student: Student, forms: Sequence[str]) -> None:
+    """Find out before training what cannot be exported after it.
+
+    Raises:
+        UserError: if no kohya names are known for the backbone, or for a layer that is trained.
+    """
+    if "lora-kohya" in forms and student.adapters is not None:
+        kohya.modules(student.denoiser.backbone, student.adapters.targets)
 
 
 def load_export(folder: Path, **options: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.export.assembly import edit_index, remake
+from distill.export.assembly import edit_index
 from distill.export.calls import Plain, guidance_off
 from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
 from distill.sampling import way_point
@@ -76,6 +76,6 @@ def remade(folder: Path, pipeline: Any) -> Any:
 
     with quiet():
         cls = get_class_from_dynamic_module(str(folder), module_file=FEW_STEP_FILE, trust_remote_code=True)
-        made = remake(cls, pipeline, pipeline.components)
+        made = cls.on(pipeline)
     made.set_progress_bar_config(disable=True)
     return made

@@ -171,7 +171,7 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
     lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{few}{trust}')
     if stock is None and code:  # a teacher with a class of its own: diffusers loads no other on top of it
         lines[1:1] = ["from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module"]
-        lines.append(f'pipe = get_class_from_dynamic_module("{path}", module_file="{FEW_STEP_FILE}", trust_remote_code=True).from_pipe(pipe)')
+        lines.append(f'pipe = get_class_from_dynamic_module("{path}", module_file="{FEW_STEP_FILE}", trust_remote_code=True).on(pipe)')
     if form == "peft":
         lines.append(f'pipe.{name} = PeftModel.from_pretrained(pipe.{name}, "{path}").merge_and_unload()')
     else:

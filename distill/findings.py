@@ -157,7 +157,7 @@ def _find_companions(
     if missing:
         raise NotUnderstood(
             f"argument {missing[0]!r} of {type(backbone).__name__} changes from step to step, and is neither the state, nor a time, "
-            "nor another network's answer", "state",
+            "nor another network's answer", "constants",
         )
     return tuple(found)
 
@@ -201,6 +201,8 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
     told = [flatten(c.arguments, whole) for c in calls]
     layouts = dict(convention.layouts)
     for path, value in convention.constants.items():
+        if path in found.understood.fixed:
+            continue
         guided = [t.get(path) for t in told]
         doubled = isinstance(value, Tensor) and value.dim() > 0 and isinstance(guided[0], Tensor) and guided[0].shape == (2 * len(value), *value.shape[1:])
         if doubled:

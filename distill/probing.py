@@ -45,6 +45,7 @@ class Understanding:
     whole: tuple[str, ...]  #: paths of per-sample lists
     unexplained: tuple[str, ...] = ()  #: arguments that change from step to step for another reason
     kind: Kind = "x0"  #: what the backbone predicts
+    fixed: tuple[str, ...] = ()  #: constants that an override has set
 
 
 def understand(
@@ -81,13 +82,13 @@ def understand(
     if not times:
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
     dynamic = {state, guidance, *times, *layouts, *unexplained}
-    layouts = {k: v for k, v in layouts.items() if k not in unexplained}
+    layouts = {k: v for k, v in layouts.items() if k not in unexplained and k not in fixed}
     constants = {k: v for k, v in flats[0].items() if k not in dynamic} | fixed
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
     plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
     call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance)
-    return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained))
+    return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained), fixed=tuple(fixed))
 
 
 def one_sample(sample: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from distill.call import flatten
 from distill.overrides import Override
-from distill.recording import Recording, Stop, record
+from distill.recording import Recording, Stop, networks, record
 
 PROBE_STEPS = 5  #: of a recording: enough for every solver (PNDM's warm-up refuses fewer than four)
 PLACEHOLDER = {"prompt": "a photograph", "class_labels": 0, None: None}
@@ -46,6 +47,30 @@ class Runner:
         self.placeholder = placeholder[0] if isinstance(placeholder, (list, tuple)) else placeholder
         self.negative = self.call.pop("negative_prompt", "") if self.input_name == "prompt" else ""
         self.offs = self._offs(override)
+        self._resting: list[nn.Module] = []
+
+    def rest(self, modules: Sequence[nn.Module]) -> None:
+        """Keep these networks on the CPU but for the time of a run."""
+        self._resting = [m for m in modules if _device(m).type not in ("cpu", "meta")]
+        for module in self._resting:
+            module.to("cpu")
+
+    def _working_device(self) -> torch.device:
+        others = (m for m in networks(self.pipeline).values() if all(m is not r for r in self._resting))
+        return next(_device(m) for m in others)
+
+    @contextmanager
+    def _awake(self, device: torch.device | None) -> Iterator[None]:
+        if device is None:
+            yield
+            return
+        try:
+            for module in self._resting:
+                module.to(device)
+            yield
+        finally:
+            for module in self._resting:
+                module.to("cpu")
 
     def _input_name(self) -> str | None:
         if "prompt" in self.parameters and not any(k.startswith("prompt_embeds") for k in self.call):
@@ -90,7 +115,8 @@ class Runner:
             arguments[count] = len(inputs)
         if negative is not None and "negative_prompt" in self.parameters and self.input_name == "prompt":
             arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
-        with torch.no_grad(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
+        device = self._working_device() if self._resting else None
+        with torch.no_grad(), self._awake(device), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
                 self.pipeline(**arguments)
@@ -100,6 +126,10 @@ class Runner:
                 if not (lenient and recording.steps):
                     raise
         return recording
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def after_steps(count: int, network: str | None = None) -> Callable[[Recording], bool]:

@@ -52,6 +52,7 @@ class Teacher:
         for module in modules:
             module.eval().requires_grad_(False)
         self._runner = Runner(pipeline, call or {}, override)
+        self._remembered: dict[Any, Condition] | None = None
         try:
             found = self._found = probe(self._runner, override)
         except NotUnderstood as error:
@@ -112,6 +113,12 @@ class Teacher:
         helpers = {companion.name for companion, _ in self._found.companions}
         return [(k, v) for k, v in networks(self.pipeline).items() if k != self.backbone_name and k not in helpers]
 
+    def rest_encoders(self) -> None:
+        """Keep what encodes prompts on the CPU, and bring it to the device only while it encodes. A few conditions that are
+        asked for again (those of the sample grids) are remembered."""
+        self._runner.rest([m for _, m in self.encoders() if not (hasattr(m, "encode") and hasattr(m, "decode"))])
+        self._remembered = {}
+
     # -- conditions -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -122,6 +129,16 @@ class Teacher:
         the negative prompt (by default that of ``call``, or empty) or the null class.
         """
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
+        if self._remembered is not None and len(entries) <= REMEMBERED:
+            key = (tuple(entries), None if negative is None else tuple(negative))
+            if key not in self._remembered:
+                if len(self._remembered) >= REMEMBERED:
+                    self._remembered.pop(next(iter(self._remembered)))
+                self._remembered[key] = self._encoded(entries, negative)
+            return self._remembered[key]
+        return self._encoded(entries, negative)
+
+    def _encoded(self, entries: list[Any], negative: Sequence[str] | None) -> Condition:
         if self.input_name is None:
             one = self._condition([None], None)
             return one[[0] * len(entries)] if one.values else one
@@ -312,6 +329,7 @@ class Teacher:
         return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
+REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
 PROBE_SCALE = 3.0  #: any guidance scale at which a pipeline encodes the null condition, too
 
 

@@ -64,6 +64,7 @@ class Trainer:
         self.parts: Parts = build(config, self.device)
         self.roles = self.parts.roles
         self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
+        self.parts.teacher.rest_encoders()
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}
         self.optimizers = {
             role: self.accelerator.prepare(build_optimizer(config.optimizers.of(role), parameters))

@@ -162,3 +162,14 @@ def test_xformers_gives_the_same_attention() -> None:
     before = teacher.denoiser(x, t, condition)
     use_attention(teacher.backbone, "xformers", torch.device("cuda"))
     torch.testing.assert_close(teacher.denoiser(x, t, condition), before, atol=1e-3, rtol=1e-3)
+
+
+def test_text_encoders_are_off_the_device_during_training() -> None:
+    pipeline = tiny_stable_diffusion().to("cuda")
+    teacher = Teacher(pipeline)
+    before = teacher.condition(["a cat", "a car"])
+    teacher.rest_encoders()
+    assert next(pipeline.text_encoder.parameters()).device.type == "cpu" and next(pipeline.unet.parameters()).device.type == "cuda"
+    after = teacher.condition(["a cat", "a car"])
+    torch.testing.assert_close(after.values["encoder_hidden_states"], before.values["encoder_hidden_states"])
+    assert next(pipeline.text_encoder.parameters()).device.type == "cpu"

@@ -17,6 +17,7 @@ from diffusers import (
 )
 from tiny import tiny_stable_diffusion, tiny_unet2d, unet2d, vp_scheduler
 
+from distill import running
 from distill.errors import UserError
 from distill.teacher import Guidance, Teacher
 
@@ -128,3 +129,18 @@ def test_pipelines_without_a_backbone_are_refused() -> None:
 
     with pytest.raises(UserError, match="no backbone"):
         Teacher(Nothing())
+
+
+def test_resting_encoders_are_awake_only_while_they_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device there is nothing to move: the moves are watched with another type of device pretended."""
+    pipeline = tiny_stable_diffusion()
+    teacher = Teacher(pipeline)
+    before = teacher.condition(PROMPTS)
+    moves: list[str] = []
+    monkeypatch.setattr(running, "_device", lambda module: torch.device("cuda"))
+    monkeypatch.setattr(type(pipeline.text_encoder), "to", lambda self, device: moves.append(str(device)))
+    teacher.rest_encoders()
+    assert moves == ["cpu"]
+    after = teacher.condition(PROMPTS)
+    assert moves == ["cpu", "cuda", "cpu"] and teacher.condition(PROMPTS) is after and len(moves) == 3
+    torch.testing.assert_close(after.values["encoder_hidden_states"], before.values["encoder_hidden_states"])

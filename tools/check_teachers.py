@@ -15,6 +15,7 @@ import json
 import logging
 import pkgutil
 import sys
+import tempfile
 import traceback
 import warnings
 from pathlib import Path
@@ -28,12 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from distill.errors import UserError  # noqa: E402
+from distill.export import export_diffusers, export_few_step  # noqa: E402
 from distill.methods.base import Batch  # noqa: E402
 from distill.methods.consistency import Consistency  # noqa: E402
 from distill.methods.dmd2 import DMD2  # noqa: E402
 from distill.overrides import OVERRIDES  # noqa: E402
 from distill.progress import track  # noqa: E402
 from distill.roles import build_roles  # noqa: E402
+from distill.student import Student  # noqa: E402
 from distill.teacher import Teacher  # noqa: E402
 
 TOLERANCE = 1e-4  #: of samples, over their largest value
@@ -67,8 +70,9 @@ def check(case: Any) -> dict[str, Any]:
         if not worst <= TOLERANCE:
             return row | {"why": f"differs by {worst:.0e} from the pipeline's own sample"}
         if case.task in TRAINED:
-            train(teacher)
+            student = train(teacher)
             row["trained"] = True
+            row["exported"] = exported(student)
     except UserError as error:
         return row | {"why": str(error).partition(". If you know it")[0].partition(" cannot be a teacher yet: ")[2] or str(error)}
     except Exception as error:  # whatever goes wrong inside any of 300 pipelines is a row of the table
@@ -77,16 +81,36 @@ def check(case: Any) -> dict[str, Any]:
     return row | {"result": "works with override" if case.name in OVERRIDES else "works"}
 
 
-def train(teacher: Teacher) -> None:
+def exported(student: Student) -> str:
+    """The form in which the student goes home, proven by reloading it: with a stock scheduler where there is one for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export_diffusers(student, Path(folder) / "student", method="dmd2", teacher_name="teacher")
+            return "stock scheduler"
+        except UserError as stock:
+            try:
+                export_few_step(student, Path(folder) / "few", method="dmd2", teacher_name="teacher")
+                return "few-step pipeline"
+            except UserError as few:
+                logging.debug("%s | %s", stock, few)
+                return f"no: {few}"
+
+
+def train(teacher: Teacher) -> Student:
     """Two steps of DMD2 (in the first one critic and teacher still agree) and of consistency distillation with full weights.
+
+    Returns:
+        The DMD2 student, of two steps.
 
     Raises:
         AssertionError: if a step changes anything but the student (and the critic), or nothing.
     """
     condition = teacher.condition([teacher.placeholder()] * 2)
     x0 = torch.randn(2, *teacher.sample_shape)
-    for method in (DMD2(critic_steps=1), Consistency(target="stop_gradient")):
+    student: Student | None = None
+    for method in (DMD2(critic_steps=1, steps=2), Consistency(target="stop_gradient")):
         roles, _ = build_roles(teacher, method.roles)
+        student = student or Student(teacher, roles.student, method.sampler())
         before = {r: [p.clone() for p in roles.parameters(r)] for r in method.roles}
         frozen = [p.clone() for p in teacher.backbone.parameters()]
         updates = (u for _ in range(2) for u in method.step(roles, Batch(torch.randn_like(x0), condition, x0)))
@@ -101,6 +125,8 @@ def train(teacher: Teacher) -> None:
             assert any(not torch.equal(a, b) for a, b in zip(before[role], roles.parameters(role), strict=True)), f"{method.name} did not change the {role}"
             assert all(bool(p.isfinite().all()) for p in roles.parameters(role)), f"{method.name} made the {role} infinite"
         assert all(torch.equal(a, b) for a, b in zip(frozen, teacher.backbone.parameters(), strict=True)), f"{method.name} changed the teacher"
+    assert student is not None
+    return student
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -111,16 +137,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"Made by `python tools/check_teachers.py` with diffusers {diffusers.__version__}: {len(works)} of {len(rows)} pipeline classes work.",
         "Every pipeline was built with tiny random networks and probed; its recorded calls were replayed; its own sampling was reproduced with",
         "its own scheduler, with and without guidance, to 1e-4 in float32; and for text-to-image and class-to-image pipelines two DMD2 and two",
-        "consistency steps changed the student and nothing else. `distill teachers PATH` does the first three for any pipeline.", "",
+        "consistency steps changed the student and nothing else, and the student was exported, loaded again and compared. `distill teachers PATH`",
+        "does the first three for any pipeline.", "",
         "| task | work | of |", "|---|---:|---:|",
     ]
     for task in sorted({r["task"] for r in rows}):
         of = [r for r in rows if r["task"] == task]
         lines.append(f"| {task} | {sum(r['result'] != 'no' for r in of)} | {len(of)} |")
-    lines += ["", "| pipeline | task | result | guidance | unguided | guided | why not |", "|---|---|---|---|---:|---:|---|"]
+    lines += ["", "| pipeline | task | result | guidance | unguided | guided | student exported with | why not |", "|---|---|---|---|---:|---:|---|---|"]
     for row in sorted(rows, key=lambda r: (r["task"], r["name"])):
         numbers = [f"{row[k]:.0e}" if k in row else "–" for k in ("unguided", "guided")]
-        cells = [row["name"], row["task"], row["result"], row.get("guidance") or "–", *numbers, row.get("why", "").replace("|", "/")]
+        cells = [row["name"], row["task"], row["result"], row.get("guidance") or "–", *numbers, row.get("exported", "–"), row.get("why", "").replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,6 @@ from typing import Any
 from diffusers.models.unets.unet_i2vgen_xl import I2VGenXLUNet
 
 from zoo.core import (
-    PROMPT,
     add,
     assemble,
     case,

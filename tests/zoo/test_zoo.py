@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from zoo import CASES, UNBUILDABLE, absent, build, missing
 from zoo.core import exported, modules
 

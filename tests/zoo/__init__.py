@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from zoo.core import ALWAYS_GUIDED, CASES, UNBUILDABLE, Case, absent, build, missing
+from zoo.core import ALWAYS_GUIDED, CASES, NOT_RELOADABLE, UNBUILDABLE, Case, absent, build, missing
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("test_"):
         importlib.import_module(f"zoo.{_module.name}")
 
-__all__ = ["ALWAYS_GUIDED", "CASES", "UNBUILDABLE", "Case", "absent", "build", "missing"]
+__all__ = ["ALWAYS_GUIDED", "CASES", "NOT_RELOADABLE", "UNBUILDABLE", "Case", "absent", "build", "missing"]

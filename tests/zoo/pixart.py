@@ -103,7 +103,7 @@ def hunyuan() -> dict[str, Any]:
 
 
 add("HunyuanDiTPipeline", "text-to-image", lambda: assemble("HunyuanDiTPipeline", **hunyuan()), **TEXT)
-add("HunyuanDiTPAGPipeline", "text-to-image", lambda: assemble("HunyuanDiTPAGPipeline", **hunyuan(), pag_applied_layers="blocks.1"), **TEXT, pag_scale=3.0)
+add("HunyuanDiTPAGPipeline", "text-to-image", lambda: assemble("HunyuanDiTPAGPipeline", **hunyuan()), **TEXT, pag_scale=3.0)
 
 
 @case("control", **TEXT, control_image=lambda: tiny_image())
@@ -151,7 +151,7 @@ add(
 
 @case("text-to-image", **LARGER, **GEMMA, pag_scale=2.0)
 def SanaPAGPipeline() -> Any:
-    return assemble("SanaPAGPipeline", **{**sana(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}, pag_applied_layers="blocks.1")
+    return assemble("SanaPAGPipeline", **{**sana(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)})
 
 
 @case("control", **LARGER, **GEMMA, control_image=lambda: tiny_image(32))

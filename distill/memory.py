@@ -25,14 +25,14 @@ def checkpoint_activations(backbone: nn.Module, adapters: Adapters | None = None
         UserError: if the backbone's class cannot do it.
     """
 
-    def run(block: Callable[..., Any], *args: Any) -> Any:
+    def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         adapter = None if adapters is None else adapters.active
 
-        def again(*inputs: Any) -> Any:
+        def again(*inputs: Any, **named: Any) -> Any:
             with nullcontext() if adapters is None else adapters.using(adapter):
-                return block(*inputs)
+                return block(*inputs, **named)
 
-        return checkpoint(again, *args, use_reentrant=False)
+        return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
     enable = getattr(backbone, "enable_gradient_checkpointing", None)
     try:

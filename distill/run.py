@@ -9,10 +9,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from distill import checkpoint
 from distill.adapters import Adapters, LoRA
@@ -104,12 +106,13 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
     networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
-    for backbone in {id(n.backbone): n.backbone for n in networks}.values():
+    backbones = list({id(n.backbone): n.backbone for n in networks}.values())
+    for backbone in backbones:
         use_attention(backbone, settings.attention, teacher.device)
-        if settings.gradient_checkpointing:
-            checkpoint_activations(backbone, adapters)
     if settings.attention != "default":
         _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
+    if settings.gradient_checkpointing:
+        _checkpoint(teacher, roles.student, backbones, adapters)
     if not settings.offload:
         return []
     busy = [p for n in networks if n not in (roles.teacher, roles.target) for p in n.backbone.parameters()]
@@ -117,8 +120,26 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
     return [waiting for n in idle if (waiting := offload(n, busy, teacher.device)) is not None]
 
 
-def _try_out(teacher: Teacher, network: Denoiser, what: str) -> None:
-    """One forward pass of a network.
+def _checkpoint(teacher: Teacher, student: Denoiser, backbones: Sequence[nn.Module], adapters: Adapters | None) -> None:
+    """Checkpoint the backbones' activations, and see that they still compute the same.
+
+    Raises:
+        UserError: if not: some classes leave an argument out on that path (an attention mask, in some releases of diffusers).
+    """
+    what = f"trainer.gradient_checkpointing: {type(backbones[0]).__name__} does not work with it, set it to false"
+    measurable = not any(p.is_meta for p in backbones[0].parameters())  # a plan's networks have no values
+    before = _try_out(teacher, student, what) if measurable else None
+    for backbone in backbones:
+        checkpoint_activations(backbone, adapters)
+    if before is None:
+        return
+    difference = float((_try_out(teacher, student, what) - before).abs().max() / before.abs().max().clamp_min(1e-6))
+    if not difference <= 1e-3:
+        raise UserError(f"{what}: its output changes by {difference:.0e}, for the class leaves something out on that path")
+
+
+def _try_out(teacher: Teacher, network: Denoiser, what: str) -> Tensor:
+    """The output of one forward pass of a network, as it runs in training.
 
     Raises:
         UserError: if it fails, or gives another shape than the teacher's samples have.
@@ -132,6 +153,7 @@ def _try_out(teacher: Teacher, network: Denoiser, what: str) -> None:
         raise UserError(f"{what}: {reason}") from None
     if value.shape != noise.shape:
         raise UserError(f"{what}: its output is {tuple(value.shape[1:])}, not {tuple(noise.shape[1:])}")
+    return value.detach()
 
 
 @torch.no_grad()
@@ -180,7 +202,7 @@ def load_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Stud
 
 
 @torch.no_grad()
-def restore(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], prefix: str) -> None:
+def restore(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], prefix: str) -> None:
     """Copy ``prefix/NAME`` of a checkpoint into the parameters NAME.
 
     Raises:

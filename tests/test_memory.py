@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.adapters import LoRA
 from distill.attention import check_xformers, use_attention
+from distill.config import load_config
 from distill.denoiser import BackboneDenoiser, Condition
 from distill.errors import UserError
 from distill.memory import Offload, checkpoint_activations, offload
 from distill.roles import Roles, average, build_roles, round_at_random
+from distill.run import build
 from distill.selection import Selection
 from distill.teacher import Teacher
 
@@ -91,6 +94,34 @@ def test_checkpoints_that_forget_the_adapter_are_wrong() -> None:
 def test_backbones_without_blocks_are_refused() -> None:
     with pytest.raises(UserError, match="Linear has no blocks to checkpoint"):
         checkpoint_activations(nn.Linear(2, 2))
+
+
+def test_a_backbone_that_computes_something_else_under_checkpointing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As diffusers 0.42's Chroma, whose checkpointed path leaves out the attention mask."""
+    settings = ["trainer.gradient_checkpointing=true", "trainer.device=cpu", f"output.folder={tmp_path}"]
+    assert build(load_config("quickstart", settings)).roles.student is not None
+
+    def lossy(backbone: nn.Module, adapters: Any) -> None:
+        checkpoint_activations(backbone, adapters)
+        perturb(backbone.parameters())
+
+    monkeypatch.setattr("distill.run.checkpoint_activations", lossy)
+    with pytest.raises(UserError, match="trainer.gradient_checkpointing: UNet2DModel does not work with it.*its output changes by"):
+        build(load_config("quickstart", settings))
+
+
+def test_blocks_may_be_called_with_named_arguments() -> None:
+    """As diffusers' HunyuanImage calls them."""
+    calls: dict[str, Any] = {}
+
+    class Backbone:
+        def enable_gradient_checkpointing(self, gradient_checkpointing_func: Any) -> None:
+            calls["run"] = gradient_checkpointing_func
+
+    checkpoint_activations(Backbone())  # type: ignore[arg-type]
+    x = torch.ones(2, requires_grad=True)
+    y = calls["run"](lambda a, *, scale: (a * scale).exp(), x, scale=torch.tensor(3.0))
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 3 * torch.exp(torch.full((2,), 3.0)))
 
 
 # -- offload ------------------------------------------------------------------------------------------------------------

@@ -129,8 +129,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 generator = self.generator if generator is None else generator
                 fresh = randn_tensor(x.shape, generator, x.device, torch.float32)
                 state = state + variance**0.5 * fresh.to(dtype)
-        state = state.to(sample.dtype)
-        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+        state, denoised = state.to(sample.dtype), (x0 * config.data_scale).to(sample.dtype)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state, denoised)  # as LCMScheduler's
 
     def __len__(self):
         return self.config.num_train_timesteps

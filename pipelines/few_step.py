@@ -37,8 +37,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         timesteps: the ladder as the network is told it, falling.
         alphas, sigmas: of x_t = alpha x0 + sigma noise at these times.
         way_alphas, way_sigmas: the same at the way point below each of them.
-        prediction_type: "epsilon", "v_prediction", "sample" or "flow_prediction" (noise − x0, alpha = 1 − sigma).
+        prediction_type: "epsilon", "v_prediction", "f_prediction" (−v), "sample" or "flow_prediction" (noise − x0, where
+            alpha = 1 − sigma).
         init_noise_sigma: standard deviation of the first state.
+        data_scale: what the last x0 is multiplied by.
     """
 
     order = 1
@@ -53,6 +55,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         way_sigmas=(0.0,),
         prediction_type="epsilon",
         init_noise_sigma=1.0,
+        data_scale=1.0,
         num_train_timesteps=1000,
     ):
         self.init_noise_sigma = init_noise_sigma
@@ -108,12 +111,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             x0, eps = (x - sigma * said) / alpha, said
         elif config.prediction_type == "v_prediction":
             x0, eps = alpha * x - sigma * said, sigma * x + alpha * said
+        elif config.prediction_type == "f_prediction":
+            x0, eps = alpha * x + sigma * said, sigma * x - alpha * said
         elif config.prediction_type == "flow_prediction":
             x0, eps = x - sigma * said, x + (1 - sigma) * said
         else:
             x0, eps = said, (x - alpha * said) / sigma
         self._step_index += 1
-        state = x0
+        state = x0 * config.data_scale
         if self._step_index < self.num_inference_steps:
             after = self._chosen[self._step_index]
             way_alpha, way_sigma = config.way_alphas[after], config.way_sigmas[after]
@@ -124,8 +129,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 generator = self.generator if generator is None else generator
                 fresh = randn_tensor(x.shape, generator, x.device, torch.float32)
                 state = state + variance**0.5 * fresh.to(dtype)
-        state = state.to(sample.dtype)
-        return SchedulerOutput(prev_sample=state) if return_dict else (state,)
+        state, denoised = state.to(sample.dtype), (x0 * config.data_scale).to(sample.dtype)
+        return SchedulerOutput(prev_sample=state) if return_dict else (state, denoised)  # as LCMScheduler's
 
     def __len__(self):
         return self.config.num_train_timesteps

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.sampling import Sampler
+from distill.schedule import Kind
 from distill.student import Student
 
 #: Arguments of every call of an exported pipeline, whatever the number of steps: guidance off or as trained, the size.
 Plain = Mapping[str, Any]
-GUIDANCE_OFF = {"guidance_scale": 1.0, "true_cfg_scale": 1.0}
 
 
 def call_guidance(sampler: Sampler) -> float:
@@ -26,24 +26,35 @@ def takes(pipeline: Any, *names: str) -> bool:
 
 def guidance_off(student: Student, pipeline: Any) -> dict[str, float]:
     """The arguments that switch guidance off, as the teacher found them: it is folded into the student."""
-    off = getattr(student.teacher, "_off", None)
-    return {k: float(v) for k, v in (GUIDANCE_OFF if off is None else off).items() if takes(pipeline, k)}
+    return {k: float(v) for k, v in student.teacher.settings["off"].items() if takes(pipeline, k)}
 
 
 def plain_call(student: Student, pipeline: Any) -> dict[str, Any]:
     """The teacher's own fixed arguments, and guidance as the student was trained for it."""
-    plain = dict(getattr(student.teacher, "call", None) or {}) | guidance_off(student, pipeline)
+    plain = fixed_arguments(student) | guidance_off(student, pipeline)
     if student.sampler.guidance_range is not None:
         plain["guidance_scale"] = call_guidance(student.sampler)
     return {k: v for k, v in plain.items() if k not in ("num_inference_steps", "generator", "output_type")}
+
+
+def fixed_arguments(student: Student) -> dict[str, Any]:
+    """The arguments that every call of the teacher gets (a size, an image to start from)."""
+    left_out = ("off", "negative_prompt", student.teacher.input_name)
+    return {k: v for k, v in student.teacher.settings.items() if k not in left_out}
+
+
+def given_kind(student: Student) -> Kind:
+    """The kind of prediction that the pipeline gives its scheduler; some convert what their network says."""
+    found = getattr(student.teacher, "_found", None)
+    return student.denoiser.kind if found is None else found.scheduler_kind
 
 
 def probe_inputs(student: Student) -> list[Any]:
     """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once (and the teacher's
     fixed arguments are no tensors or images for one sample)."""
     teacher = student.teacher
-    fixed = (getattr(teacher, "call", None) or {}).values()
-    several = getattr(teacher, "_batched", True) and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed)
+    found = getattr(teacher, "_found", None)
+    several = (found is None or found.batched) and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed_arguments(student).values())
     several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")
     return [student.teacher.placeholder()] * (2 if several else 1)
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.export.assembly import edit_index
-from distill.export.calls import Plain, guidance_off
+from distill.export.calls import Plain, given_kind, guidance_off
 from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
 from distill.sampling import way_point
 from distill.schedule import Flow
 from distill.student import Student
 
-PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "f": "f_prediction"}
 
 
 def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     Raises:
         UserError: for a kind of prediction that the file's sampler does not know.
     """
-    sampler, schedule, kind = student.sampler, student.denoiser.schedule, student.denoiser.kind
+    sampler, schedule, kind = student.sampler, student.denoiser.schedule, given_kind(student)
     prediction_type = "flow_prediction" if kind == "velocity" and isinstance(schedule, Flow) else PREDICTION_TYPES.get(kind)
     if prediction_type is None:
         raise UserError(f"the few-step pipeline file knows no {kind} prediction on a {type(schedule).__name__} schedule")
@@ -41,7 +41,7 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
         "scheduler": {
             "timesteps": _rounded(schedule.model_time(times)), "alphas": alphas.tolist(), "sigmas": sigmas.tolist(),
             "way_alphas": way_alphas.tolist(), "way_sigmas": way_sigmas.tolist(), "prediction_type": prediction_type,
-            "init_noise_sigma": float(schedule.initial_scale), "num_train_timesteps": schedule.train_steps,
+            "init_noise_sigma": float(schedule.initial_scale), "data_scale": float(schedule.data_scale), "num_train_timesteps": schedule.train_steps,
         },
         "call": call,
         "fixed": fixed,

@@ -70,7 +70,8 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
         if trace.noise is None:
             raise UserError(f"{what} never used its scheduler: not written")
         with resumed(trace) as fresh:
-            x0 = student.sample_from(condition, trace.noise, steps, fresh, call_guidance(student.sampler))
+            noise = trace.noise.reshape(-1, *student.teacher.sample_shape)  # some schedulers have a row per frame
+            x0 = student.sample_from(condition, noise, steps, fresh, call_guidance(student.sampler))
         difference = _difference(student, images, x0, trace)
         if not difference <= limit:
             raise UserError(f"{what} differs from the student by {difference:.1e} in {steps} steps (allowed {limit:.0e}): not written")
@@ -85,7 +86,8 @@ def _difference(student: Student, images: Tensor | None, x0: Tensor, trace: Trac
         if images.numel() == ours.numel():
             return float((images - ours.reshape(images.shape)).abs().max())
     assert trace.final is not None
-    return float((trace.final.float() - x0.float()).abs().max()) / max(1.0, float(x0.abs().max()))
+    x0 = x0.float() * student.denoiser.schedule.data_scale
+    return float((trace.final.float().reshape(x0.shape) - x0).abs().max()) / max(1.0, float(x0.abs().max()))
 
 
 def absent(pipeline: Any) -> list[str]:

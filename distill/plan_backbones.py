@@ -112,6 +112,7 @@ def backbone_pipeline(backbone: nn.Module, scheduler: Any = None) -> Any:
         scheduler = FlowMatchEulerDiscreteScheduler() if flow else DDIMScheduler()
     is_unet = name.startswith("UNet")
     config: Any = backbone.config
+    dtype = next(backbone.parameters()).dtype
     state_name = next(iter(inputs_of(config, 1)))
     takes_prompts = "class_labels" not in inputs_of(config, 1) and name != "UNet2DModel"
 
@@ -123,7 +124,7 @@ def backbone_pipeline(backbone: nn.Module, scheduler: Any = None) -> Any:
         def _inputs(self, count: int, seed: int) -> tuple[Tensor, Inputs]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                inputs = {key: _cast(value, backbone.dtype) for key, value in inputs_of(config, count).items()}
+                inputs = {key: _cast(value, dtype) for key, value in inputs_of(config, count).items()}
             return inputs.pop(state_name), inputs
 
         def _run(self, count: int, guidance_scale: float, num_inference_steps: int) -> Any:

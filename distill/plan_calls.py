@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def average_calls(method: Method, roles: Roles, batch: Batch, features: Mapping[
         torch.manual_seed(0)
         while draws < ALL:
             calls: Calls = Counter()
-            blank = {role: _Blank(role, getattr(roles, role), features, calls) for role in names}
+            blank: dict[str, Any] = {role: _Blank(role, getattr(roles, role), features, calls) for role in names}
             for _ in method.step(replace(roles, **blank), batch):
                 pass
             total += calls

@@ -51,7 +51,18 @@ def hollow_teacher(
     folder = config_folder(name, revision)
     with quiet():
         pipeline = hollow_pipeline(folder, dtype)
-    return on_meta(Teacher(pipeline, call, find_override(override, type(pipeline).__name__)))
+        name_of_class = type(pipeline).__name__
+        try:
+            teacher = Teacher(pipeline, call, find_override(override, name_of_class))
+        except UserError:
+            raise
+        except Exception as error:  # what a pipeline does with values that are made up is anything
+            try:
+                teacher = Teacher(_around_backbone(folder, None, dtype))
+            except UserError:
+                reason = f"{name_of_class} could not be called without its weights ({_first_line(error)})"
+                raise UserError(f"{folder} cannot be planned: {reason}") from error
+    return on_meta(teacher)
 
 
 def config_folder(name: str, revision: str | None = None) -> Path:
@@ -111,14 +122,14 @@ def _around_backbone(folder: Path, index: Mapping[str, Any] | None, dtype: torch
 
     for part in (folder, folder / "unet", folder / "transformer", folder / "prior"):
         config = part / "config.json"
-        class_name = _read_json(config).get("_class_name") if config.is_file() else None
-        if class_name and isinstance(getattr(diffusers, str(class_name), None), type):
-            backbone = _network(getattr(diffusers, class_name), part, dtype)
+        cls = getattr(diffusers, str(_read_json(config).get("_class_name")), None) if config.is_file() else None
+        if isinstance(cls, type):
+            backbone = _network(cls, part, dtype)
             library, scheduler_class = (index or {}).get("scheduler") or (None, None)
             scheduler = None
             if library == "diffusers" and hasattr(diffusers, str(scheduler_class)):
                 found = _part(folder / "scheduler", library, scheduler_class, dtype)
-                scheduler = getattr(diffusers, scheduler_class)() if found is _MISSING else found
+                scheduler = getattr(diffusers, str(scheduler_class))() if found is _MISSING else found
             return _callable(backbone_pipeline(backbone, scheduler))
     raise UserError(f"{folder} cannot be planned: it has neither a model_index.json nor a config.json that names a diffusers backbone")
 
@@ -135,7 +146,7 @@ def _part(folder: Path, library: str | None, class_name: str | None, dtype: torc
     import diffusers
     import transformers
 
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name, None)
+    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name, None)
     if cls is None:
         raise UserError(f"{folder}: the installed {library} has no {class_name}: upgrade it")
     if isinstance(cls, type) and issubclass(cls, nn.Module):
@@ -144,7 +155,10 @@ def _part(folder: Path, library: str | None, class_name: str | None, dtype: torc
         if not (folder / "scheduler_config.json").is_file():
             return cls()
         return cls.from_config(_read_json(folder / "scheduler_config.json"))
+    folder = folder.resolve()  # a relative path may look like a hub id
     if "token" in class_name.lower():
+        if not folder.is_dir():
+            return StandInTokenizer(folder)
         try:
             return cls.from_pretrained(str(folder), local_files_only=True)
         except Exception:  # its files are not there: the length of its output is all that is wanted

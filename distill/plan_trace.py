@@ -253,8 +253,8 @@ def trace_step(
     batches = list(batches)
     standing(scale)
     for batch in batches:
-        for tensor in (batch.noise, batch.x0, *batch.condition.values.values(), *(batch.condition.null or {}).values()):
-            if tensor is not None:
+        for tensor in tree_leaves([batch.noise, batch.x0, dict(batch.condition.values), dict(batch.condition.null or {})]):
+            if isinstance(tensor, Tensor):
                 scale.add(tensor, ACTIVATIONS)
     with _counted(roles, scale, visiting), _AsOnDevice(precision), scale:
         _step(method, roles, batches, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,13 +22,14 @@ from distill.cli import main
 from distill.config import load_config
 from distill.errors import UserError
 from distill.methods import find_method
-from distill.plan import GIB, Memory, make_plan
+from distill.plan import GIB, Memory, Plan, make_plan
 from distill.plan_backbones import BACKBONES, backbone_pipeline
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, _AsOnDevice, checkpoint_blocks
 from distill.run import build
 from distill.teacher import Teacher
 
+ADAPTERS = ("student.weights=lora", "student.lora.rank=4")
 QUICKSTART = ["trainer.batch_size=16", "method.critic_steps=1"]
 
 
@@ -49,6 +51,12 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipe
 
 
+@functools.cache
+def planned(recipe: Path, *overrides: str, device: str = "cpu", memory: Memory | None = None) -> Plan:
+    """Plans are shared between the tests: each traces a step."""
+    return make_plan(load_config(recipe, overrides), device, memory)
+
+
 # -- what stands --------------------------------------------------------------------------------------------------------
 
 
@@ -68,13 +76,13 @@ def test_weights_and_optimizer_by_hand() -> None:
 def test_calls_and_updates_of_dmd2(sd: Path) -> None:
     """One student update and two of the critic: the student makes three samples; the teacher is guided in one doubled batch;
     the critic is asked once for its score, and twice to learn."""
-    plan = make_plan(load_config(sd), "cpu")
+    plan = planned(sd)
     assert [(c["role"], c["batch"], c["forwards"]) for c in plan.calls] == [("critic", 2, 3), ("student", 2, 3), ("teacher", 4, 1)]
     assert plan.updates == {"student": 1, "critic": 2}
     assert plan.flops["student forward"] == plan.flops["critic forward"]
     assert plan.flops["teacher forward"] * 3 == plan.flops["student forward"] * 2
-    # A backward pass through weights and inputs is two products for each of the forward's (but those of the first layer and of the text need none).
-    assert 1.7 < plan.flops["critic backward"] / (plan.flops["critic forward"] * 2 / 3) < 2.0
+    # A backward pass is two products for each of the forward's, and two and a half in attention, which computes its weights again.
+    assert 1.9 < plan.flops["critic backward"] / (plan.flops["critic forward"] * 2 / 3) < 2.2
 
 
 def test_work_of_one_forward(sd: Path) -> None:
@@ -85,12 +93,12 @@ def test_work_of_one_forward(sd: Path) -> None:
     unet = UNet2DConditionModel.from_config(json.loads((sd.parent / "sd/unet/config.json").read_text()))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(torch.zeros(2, 4, 8, 8), torch.zeros(2), torch.zeros(2, 77, 24))
-    plan = make_plan(load_config(sd), "cpu")
+    plan = planned(sd)
     assert plan.flops["student forward"] == 3 * counter.get_total_flops()
 
 
 def test_lora_shares_one_backbone(sd: Path) -> None:
-    full, lora = (make_plan(load_config(sd, o), "cpu") for o in ([], ["student.weights=lora", "student.lora.rank=4"]))
+    full, lora = planned(sd), planned(sd, *ADAPTERS)
     assert lora.memory["shared backbone weights"] == full.memory["teacher weights"]
     assert lora.parameters["student"] == lora.parameters["critic"] and lora.parameters["teacher"] == full.parameters["teacher"]
     assert lora.memory["student weights"] == 4 * lora.parameters["student"]["parameters"] < full.memory["student weights"] / 2
@@ -99,16 +107,16 @@ def test_lora_shares_one_backbone(sd: Path) -> None:
 
 def test_data_is_cached_or_stays(sd: Path) -> None:
     """Two different prompts, each with 77 × 24 numbers; the null prompt beside each."""
-    cached, kept = (make_plan(load_config(sd, [f"data.cache={on}"]), "cpu") for on in ("true", "false"))
+    cached, kept = planned(sd), planned(sd, "data.cache=false")
     assert "data" not in cached.memory and cached.disk["cache"] == 2 * 2 * 77 * 24 * 4
     assert kept.memory["data"] == 2 * 2 * 77 * 24 * 4 and kept.disk["cache"] == 0
 
 
 def test_disk(sd: Path) -> None:
-    plan = make_plan(load_config(sd, ["trainer.keep_checkpoints=3"]), "cpu")
+    plan = planned(sd)
     trained = sum(row["trained"] for row in plan.parameters.values())
     assert plan.disk["checkpoint"] == 4 * (3 * trained + plan.parameters["student"]["trained"])
-    assert plan.disk["checkpoints"] == 4 * plan.disk["checkpoint"]
+    assert plan.disk["checkpoints"] == 3 * plan.disk["checkpoint"]  # the two that are kept, and one that is being written
 
 
 # -- what the trace says ------------------------------------------------------------------------------------------------
@@ -119,6 +127,7 @@ def test_scale_weighs_what_is_alive() -> None:
     x, w = torch.empty(8, 32, device="meta"), torch.empty(32, 64, device="meta", requires_grad=True)
     scale = Scale()
     scale.add(w, "weights")
+    scale.add(x, "data")
     with scale:
         y = torch.relu(x @ w)
         assert scale.alive["activations"] == 8 * 64 * 4  # relu keeps its result, and the product is gone
@@ -165,35 +174,35 @@ def test_saved_for_backward_as_on_a_cpu(autocast: bool) -> None:
 
 
 def test_checkpointing_trades_activations_for_work(sd: Path) -> None:
-    config = load_config(sd, ["student.weights=lora", "student.lora.rank=4", "trainer.batch_size=8"])
-    plain, less = (make_plan(config, "cpu", Memory(checkpointing=on)) for on in (False, True))
+    plain, less = planned(sd, *ADAPTERS), planned(sd, *ADAPTERS, "trainer.gradient_checkpointing=true")
     assert less.memory["activations"] < 0.8 * plain.memory["activations"]
     assert less.flops["student backward"] > 1.3 * plain.flops["student backward"]
     assert less.flops["student forward"] == plain.flops["student forward"]
 
 
 def test_activations_grow_with_the_batch(sd: Path) -> None:
-    one, four = (make_plan(load_config(sd, [f"trainer.batch_size={n}"]), "cpu") for n in (2, 8))
+    one, four = planned(sd), planned(sd, "trainer.batch_size=8")
     assert 3 < four.memory["activations"] / one.memory["activations"] <= 4.01
     assert {k: 4 * v for k, v in one.flops.items()} == four.flops
 
 
 def test_accumulation_keeps_gradients_beside_activations(sd: Path) -> None:
-    one, three = (make_plan(load_config(sd, [f"trainer.accumulate={n}"]), "cpu") for n in (1, 3))
+    one, three = planned(sd), planned(sd, "trainer.accumulate=3")
     assert three.peak > one.peak
     assert three.flops == {k: 3 * v for k, v in one.flops.items()}
 
 
 def test_bfloat16_halves_weights_and_activations(sd: Path) -> None:
-    wide, narrow = (make_plan(load_config(sd, [f"teacher.dtype={d}"]), "cpu") for d in ("float32", "bfloat16"))
+    wide, narrow = planned(sd), planned(sd, "teacher.dtype=bfloat16")
     assert 2 * narrow.memory["teacher weights"] == wide.memory["teacher weights"]
     assert narrow.memory["activations"] < 0.75 * wide.memory["activations"]
 
 
 def test_offload_takes_the_teacher_off_the_device(sd: Path) -> None:
-    here, away = (make_plan(load_config(sd), "cuda", Memory(offload=on)) for on in (False, True))
-    assert away.peak < here.peak
-    assert away.memory.get("teacher weights", 0) in (0, here.memory["teacher weights"])
+    here, away = planned(sd), planned(sd, "trainer.offload=true")
+    size = here.memory["teacher weights"]
+    assert here.peak - size <= away.peak <= here.peak
+    assert away.memory.get("teacher weights", 0) == (size if away.during == "teacher forward" else 0)
 
 
 def test_a_method_that_reads_values_is_planned_without_activations(sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +221,7 @@ def test_a_method_that_reads_values_is_planned_without_activations(sd: Path, mon
 
 def test_calls_of_a_method_that_draws_its_steps(sd: Path) -> None:
     """A four-step student's sample takes 1, 2, 3 or 4 calls, 2.5 on average; a step of DMD2 makes three samples here."""
-    plan = make_plan(load_config(sd, ["method.steps=4"]), "cpu")
+    plan = planned(sd, "method.steps=4")
     calls = {c["role"]: c["forwards"] for c in plan.calls}
     assert calls["student"] == pytest.approx(7.5, abs=3.5 * (3 * 1.25 / 32) ** 0.5)  # 3.5 standard errors of 32 draws
     assert calls["critic"] == 3 and calls["teacher"] == 1
@@ -297,11 +306,11 @@ def test_gpu_sizes(text: str, gib: float) -> None:
 
 
 def test_advice_stops_at_the_first_combination_that_fits(sd: Path) -> None:
-    config = load_config(sd, ["trainer.batch_size=16"])
-    plan = make_plan(config, "cuda")
+    config = load_config(sd)
+    plan = planned(sd, device="cuda")
     roomy = plan_advice.advise(config, plan, 80 * GIB)
     assert roomy.fits and not roomy.steps
-    with_ckpt = make_plan(config, "cuda", Memory(checkpointing=True)).peak
+    with_ckpt = planned(sd, device="cuda", memory=Memory(checkpointing=True)).peak
     between = round(((with_ckpt + plan.peak) / 2 + plan_advice.CONTEXT) / (1 - plan_advice.FRAGMENTED))
     advice = plan_advice.advise(config, plan, between)
     assert not advice.fits and advice.chosen == ("trainer.gradient_checkpointing=true",)
@@ -309,13 +318,12 @@ def test_advice_stops_at_the_first_combination_that_fits(sd: Path) -> None:
 
 
 def test_advice_when_nothing_fits(sd: Path) -> None:
-    config = load_config(sd, ["trainer.batch_size=16", "optimizers.student.lr=1e-5"])
-    plan = make_plan(config, "cuda")
-    advice = plan_advice.advise(config, plan, round(0.64 * GIB))
+    config = load_config(sd)
+    advice = plan_advice.advise(config, planned(sd, device="cuda"), round(0.64 * GIB))
     assert not advice.fits and advice.chosen == ()
     tried = [s for step in advice.steps for s in step.settings]
     assert tried[0] == "trainer.gradient_checkpointing=true"
-    assert "trainer.accumulate=16" in tried and all(step.saves > 0 for step in advice.steps)
+    assert "trainer.accumulate=2" in tried and all(step.saves > 0 for step in advice.steps)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

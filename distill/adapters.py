@@ -47,6 +47,8 @@ class Adapters:
 
         self.settings, self.backbone, self.active = settings, backbone, None
         self.targets = lora_targets(backbone, settings.targets)
+        if settings.dora:  # a row of zeros has no direction: its magnitude over its norm would be 0/0
+            self.targets = [name for name in self.targets if not _has_empty_row(backbone.get_submodule(name))]
         alpha: Any = settings.alpha  # PEFT divides it by the rank: a fraction is fine, whatever the annotation says
         config = LoraConfig(
             r=settings.rank, lora_alpha=alpha, target_modules=self.targets, lora_dropout=0.0, init_lora_weights=True, use_dora=settings.dora,
@@ -91,6 +93,11 @@ class Adapters:
     def use(self, adapter: str | None) -> Callable[[], Any]:
         """A context for one forward; None: the bare backbone."""
         return lambda: self.using(adapter)
+
+
+def _has_empty_row(layer: nn.Module) -> bool:
+    weight = layer.get_parameter("weight")
+    return weight.is_floating_point() and not weight.is_meta and not bool(weight.detach().flatten(1).any(dim=1).all())
 
 
 @torch.no_grad()

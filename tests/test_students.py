@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionModel
 from tiny import perturb, tiny_stable_diffusion, tiny_unet2d, unet2d
 
-from distill.adapters import LoRA, inside_a_block, lora_targets
+from distill.adapters import Adapters, LoRA, inside_a_block, lora_targets
 from distill.denoiser import Condition
 from distill.errors import UserError
 from distill.export import export_diffusers
@@ -72,6 +72,14 @@ def test_dora_is_the_formula_of_its_paper() -> None:
     with adapters.using("student"):
         torch.testing.assert_close(layer(inputs), inputs @ (m[:, None] * w / w.norm(dim=1, keepdim=True)).T + layer.get_base_layer().bias)
     assert adapters.active is None
+
+
+def test_dora_leaves_out_layers_with_rows_of_zeros() -> None:
+    backbone = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)])})
+    torch.nn.init.zeros_(backbone.get_parameter("blocks.1.weight")[2])
+    assert Adapters(backbone, LoRA(2, 2, dora=True), ["student"]).targets == ["blocks.0"]
+    backbone = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    assert Adapters(backbone, LoRA(2, 2), ["student"]).targets == ["blocks.0"]
 
 
 def test_adapters_go_into_the_blocks_of_any_backbone() -> None:

@@ -158,7 +158,7 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
         device, _parameters(parts), {k: v for k, v in peak.items() if v}, trace.during,
         [{"role": role, "batch": batch, "forwards": round(n * settings.accumulate, 2)} for (role, batch), n in sorted(calls.items())],
         {role: round(count / len(batches)) for role, count in trace.backwards.items()}, {k: round(v * factor) for k, v in flops.items()},
-        _disk(config, parts, on_disk + latents * config.data.cache), _encoders(teacher), notes,
+        _disk(config, parts, on_disk + latents * (config.data.cache and config.data.source == "images")), _encoders(teacher), notes,
     )
 
 

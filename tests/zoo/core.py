@@ -49,8 +49,6 @@ def add(name: str, task: str, function: Callable[[], Any], **call: Any) -> None:
     """Register a pipeline: ``function`` builds it, ``call`` are the arguments of its call (functions among them are called each time)."""
     if task not in TASKS or name in CASES:
         raise ValueError(f"{name}: registered twice, or {task!r} is none of {TASKS}")
-    if name in absent():
-        return
     CASES[name] = Case(name, task, lambda: finished(function), lambda: {k: v() if isinstance(v, types.FunctionType) else v for k, v in call.items()})
 
 

@@ -224,8 +224,11 @@ def StableDiffusionLDM3DPipeline() -> Any:
     return assemble("StableDiffusionLDM3DPipeline", **{**parts(), "vae": tiny_autoencoder_kl(in_channels=6, out_channels=6)})
 
 
-@case("inpainting", prompt=PROMPT, mask_image=lambda: (tensor(1, 8, 8) > 0).float(), image_latents=lambda: tensor(1, 4, 8, 8))
+@case(
+    "inpainting", prompt=PROMPT, mask_image=lambda: (tensor(1, 8, 8) > 0).float(), image_latents=lambda: tensor(3, 4, 8, 8), inpaint_strength=0.75,
+)
 def StableDiffusionDiffEditPipeline() -> Any:
+    """The latents of an inverted image at each of its steps: three of four or five."""
     return assemble("StableDiffusionDiffEditPipeline", **parts(), inverse_scheduler=vp_scheduler(cls=DDIMInverseScheduler))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import ControlNetUnionModel, ControlNetXSAdapter, EulerDiscreteScheduler
+from diffusers.utils import is_sentencepiece_available
 from tiny import vp_scheduler
 
 from zoo.core import PROMPT, UNBUILDABLE, add, assemble, case, tensor, tiny_clip_text, tiny_clip_tokenizer, tiny_image
@@ -108,7 +109,7 @@ EMBEDS = {
     "pooled_prompt_embeds": lambda: tensor(1, 16, seed=3), "negative_pooled_prompt_embeds": lambda: tensor(1, 16, seed=4), **SQUARE,
 }
 
-for _name, _call in (("KolorsPipeline", {}), ("KolorsPAGPipeline", PAG)):
+for _name, _call in (("KolorsPipeline", {}), ("KolorsPAGPipeline", PAG)) if is_sentencepiece_available() else ():
     add(_name, "text-to-image", lambda name=_name: assemble(name, **{**parts(encoder_hid_dim=24), "text_encoder": None, "tokenizer": None}), **EMBEDS, **_call)
 
 UNBUILDABLE["KolorsImg2ImgPipeline"] = "ignores pooled_prompt_embeds in this diffusers release, so that it needs its GLM and tokenizer"

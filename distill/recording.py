@@ -46,6 +46,10 @@ class Step:
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
 
+    def uses(self, network: str) -> bool:
+        """Whether that network was called for it."""
+        return any(c.network == network for c in self.calls)
+
 
 @dataclass
 class Recording:
@@ -67,13 +71,13 @@ class Recording:
 
     def steps_of(self, network: str | None) -> list[Step]:
         """The steps that a network has a part in; all for None."""
-        return [s for s in self.steps if network is None or any(c.network == network for c in s.calls)]
+        return [s for s in self.steps if network is None or s.uses(network)]
 
 
 @contextmanager
 def record(
     pipeline: Any, *, compute: int | None = None, answers: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
-    stop: Callable[[Recording], bool] | None = None, override: Callable[[Step], Tensor] | None = None,
+    stop: Callable[[Recording], bool] | None = None, override: Callable[[Step], Tensor | None] | None = None,
 ) -> Iterator[Recording]:
     """Record what the pipeline does inside the block. ``Stop`` is raised inside it when ``stop`` says so.
 
@@ -81,7 +85,7 @@ def record(
         compute: after so many scheduler steps the networks repeat their last answer instead of computing.
         answers: network name → what it returns for its arguments, instead of computing.
         stop: asked before each network call (which is noted, and not computed if it stops) and after each step.
-        override: the sample that a scheduler step shall result in, whatever the scheduler says.
+        override: the sample that a scheduler step shall result in, whatever the scheduler says; None: as it says.
     """
     recording = Recording()
     last: dict[str, Any] = {}
@@ -121,8 +125,9 @@ def record(
             settings = {k: v for k, v in given.items() if k not in known}
             done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
             result = original(self, *args, **kwargs)
-            if override is not None:
-                result = _replaced(result, override(done))
+            wanted = override(done) if override is not None else None
+            if wanted is not None:
+                result = _replaced(result, wanted)
             done.result = _first(result).clone()
             recording.steps.append(done)
             recording.calls, recording.scaled, recording.scheduler = [], None, self
@@ -202,10 +207,12 @@ def _first(result: Any) -> Tensor:
 
 
 def _replaced(result: Any, sample: Tensor) -> Any:
+    def replaced(value: Any) -> Any:  # also the clean samples that some schedulers give beside, and pipelines decode
+        return sample if isinstance(value, Tensor) and value.shape == sample.shape else value
+
     if isinstance(result, tuple):
-        return (sample, *result[1:])
-    result.prev_sample = sample
-    return result
+        return tuple(replaced(v) for v in result)
+    return type(result)(**{k: replaced(v) for k, v in result.items()})
 
 
 @contextmanager

@@ -251,7 +251,7 @@ class Teacher:
         answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
 
         def run(x0: Tensor) -> None:
-            self._runner.run([self.placeholder()], found.off, answers=answers, override=lambda step: found.rows(x0))
+            self._runner.run([self.placeholder()], found.off, answers=answers, override=lambda step: found.rows(x0) if step.uses(found.network) else None)
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 

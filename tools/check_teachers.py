@@ -94,6 +94,9 @@ def exported(student: Student) -> str:
             except UserError as few:
                 logging.debug("%s | %s", stock, few)
                 return f"no: {few}"
+        except Exception as error:
+            logging.debug(traceback.format_exc())
+            return f"no: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def train(teacher: Teacher) -> Student:

@@ -48,7 +48,7 @@ def shrunk(backbone: nn.Module, changes: Mapping[str, Any], new: Collection[str]
     started = {name: _slice(weights, source_of(name, made, backbone), name, value) for name, value in made.state_dict().items() if name not in new}
     made.load_state_dict(started, strict=False)
     first = next(backbone.parameters())
-    return made.eval().to(first.device, first.dtype)
+    return nn.Module.to(made.eval(), first.device, first.dtype)  # the class's own warns of a cast that is meant
 
 
 def _slice(weights: Mapping[str, Tensor], source: str, name: str, like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from distill import plan_advice
 from distill.cli import main
-from distill.config import load_config
+from distill.config import Config, load_config
 from distill.errors import UserError
 from distill.methods import find_method
 from distill.plan import GIB, Memory, Plan, make_plan
@@ -317,13 +317,39 @@ def test_advice_stops_at_the_first_combination_that_fits(sd: Path) -> None:
     assert advice.steps[0].peak == with_ckpt and advice.steps[0].saves == plan.peak - with_ckpt
 
 
-def test_advice_when_nothing_fits(sd: Path) -> None:
-    config = load_config(sd)
-    advice = plan_advice.advise(config, planned(sd, device="cuda"), round(0.64 * GIB))
+def _peaks(saves: dict[str, int]) -> Any:
+    """A planner that knows by heart what each setting takes off 100 GiB."""
+
+    def plan(config: Config, memory: Memory) -> Plan:
+        on = {
+            "checkpointing": memory.checkpointing, "lora": config.student.weights == "lora", "bfloat16": config.teacher.dtype == "bfloat16",
+            "8bit": config.optimizers.student.name == "adamw8bit", "one": config.trainer.batch_size == 1, "4bit": memory.quantize == "4bit",
+            "offload": memory.offload,
+        }
+        size = 100 - sum(saves.get(name, 0) for name, is_on in on.items() if is_on)
+        return Plan("", "", "", (1,), 1, 1, "cuda", {}, {"activations": size * GIB}, "", [], {}, {}, {}, {})
+
+    return plan
+
+
+def test_advice_goes_from_harmless_to_harmful(sd: Path) -> None:
+    config, saves = load_config(sd), dict.fromkeys(("checkpointing", "lora", "bfloat16", "8bit", "one", "4bit", "offload"), 10)
+    known = _peaks(saves)
+    advice = plan_advice.advise(config, known(config, Memory()), 8 * GIB, known)
     assert not advice.fits and advice.chosen == ()
-    tried = [s for step in advice.steps for s in step.settings]
-    assert tried[0] == "trainer.gradient_checkpointing=true"
-    assert "trainer.accumulate=2" in tried and all(step.saves > 0 for step in advice.steps)
+    assert [step.settings for step in advice.steps] == [
+        ("trainer.gradient_checkpointing=true",), ("student.weights=lora",), ("teacher.dtype=bfloat16",), ("optimizers.student.name=adamw8bit",),
+        ("trainer.batch_size=1", "trainer.accumulate=2"), ("teacher.quantize=4bit",),
+    ]  # a shared backbone is never idle: no offload
+    assert [step.peak for step in advice.steps] == [n * GIB for n in (90, 80, 70, 60, 50, 40)]
+    assert all(step.saves == 10 * GIB for step in advice.steps)
+
+
+def test_advice_leaves_out_what_was_not_needed(sd: Path) -> None:
+    """Checkpointing 90, adapters 85, bfloat16 45: of 60 GiB, with the last one the adapters are not wanted."""
+    config, known = load_config(sd), _peaks({"checkpointing": 10, "lora": 5, "bfloat16": 40})
+    advice = plan_advice.advise(config, known(config, Memory()), 64 * GIB, known)
+    assert advice.chosen == ("trainer.gradient_checkpointing=true", "teacher.dtype=bfloat16")
 
 
 # -- the command --------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_checkpoints_that_forget_the_adapter_are_wrong() -> None:
         return checkpoint(block, *args, use_reentrant=False, determinism_check="none", early_stop=False)
 
     roles.student.backbone.enable_gradient_checkpointing(gradient_checkpointing_func=forgetful)  # type: ignore[attr-defined]
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+    with pytest.raises(RuntimeError):  # a CheckpointError, or the backward pass of a layer that was computed with other inputs
         gradients(roles, *inputs)
 
 

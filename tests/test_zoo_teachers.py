@@ -66,7 +66,7 @@ def test_all_others(name: str) -> None:
 
 def test_the_table_is_of_all_cases_and_most_of_them_work() -> None:
     assert set(ROWS) == set(CASES)
-    for tasks, share in ((("text-to-image", "class-to-image"), 0.9), (tuple({c.task for c in CASES.values()}), 0.75)):
+    for tasks, share in ((("text-to-image", "class-to-image"), 0.85), (tuple({c.task for c in CASES.values()}), 0.75)):
         rows = [r for r in ROWS.values() if r["task"] in tasks]
         works = [r for r in rows if r["result"] != "no"]
         assert len(works) >= share * len(rows), [r["name"] for r in rows if r not in works]

@@ -55,22 +55,22 @@ class Runner:
         for module in self._resting:
             module.to("cpu")
 
-    def _working_device(self) -> torch.device:
-        others = (m for m in networks(self.pipeline).values() if all(m is not r for r in self._resting))
-        return next(_device(m) for m in others)
-
     @contextmanager
-    def _awake(self, device: torch.device | None) -> Iterator[None]:
-        if device is None:
+    def awake(self) -> Iterator[None]:
+        """All of the pipeline's networks on the device that the others are on, for the time of the block."""
+        resting, self._resting = self._resting, []
+        if not resting:
             yield
             return
+        device = next(_device(m) for m in networks(self.pipeline).values() if all(m is not r for r in resting))
         try:
-            for module in self._resting:
+            for module in resting:
                 module.to(device)
             yield
         finally:
-            for module in self._resting:
+            for module in resting:
                 module.to("cpu")
+            self._resting = resting
 
     def _input_name(self) -> str | None:
         if "prompt" in self.parameters and not any(k.startswith("prompt_embeds") for k in self.call):
@@ -115,8 +115,7 @@ class Runner:
             arguments[count] = len(inputs)
         if negative is not None and "negative_prompt" in self.parameters and self.input_name == "prompt":
             arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
-        device = self._working_device() if self._resting else None
-        with torch.no_grad(), self._awake(device), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
+        with torch.no_grad(), self.awake(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
                 self.pipeline(**arguments)

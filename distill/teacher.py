@@ -114,9 +114,9 @@ class Teacher:
         return [(k, v) for k, v in networks(self.pipeline).items() if k != self.backbone_name and k not in helpers]
 
     def rest_encoders(self) -> None:
-        """Keep what encodes prompts on the CPU, and bring it to the device only while it encodes. A few conditions that are
-        asked for again (those of the sample grids) are remembered."""
-        self._runner.rest([m for _, m in self.encoders() if not (hasattr(m, "encode") and hasattr(m, "decode"))])
+        """Keep what encodes prompts and images on the CPU, and bring it to the device only while it works. A few conditions
+        that are asked for again (those of the sample grids) are remembered."""
+        self._runner.rest([module for _, module in self.encoders()])
         self._remembered = {}
 
     # -- conditions -------------------------------------------------------------------------------------------------
@@ -259,14 +259,16 @@ class Teacher:
     def decode(self, x0: Tensor) -> Tensor:
         """Samples → images (batch, channels, height, width) in [0, 1]."""
         x0 = x0 * self.denoiser.schedule.data_scale
-        decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
+        with self._runner.awake():
+            decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images (batch, channels, height, width) in [-1, 1] → x0 of the sample's shape (a VAE's mean, as the pipeline scales
         and lays it out)."""
-        x0 = images if self.autoencoder is None else self.autoencoder.encode(images)
+        with self._runner.awake():
+            x0 = images if self.autoencoder is None else self.autoencoder.encode(images)
         return x0 / self.denoiser.schedule.data_scale
 
     @cached_property

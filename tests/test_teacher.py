@@ -138,9 +138,11 @@ def test_resting_encoders_are_awake_only_while_they_encode(monkeypatch: pytest.M
     before = teacher.condition(PROMPTS)
     moves: list[str] = []
     monkeypatch.setattr(running, "_device", lambda module: torch.device("cuda"))
-    monkeypatch.setattr(type(pipeline.text_encoder), "to", lambda self, device: moves.append(str(device)))
+    for module in (pipeline.text_encoder, pipeline.vae):
+        monkeypatch.setattr(type(module), "to", lambda self, device: moves.append(str(device)))
     teacher.rest_encoders()
-    assert moves == ["cpu"]
+    assert moves == ["cpu"] * 2
     after = teacher.condition(PROMPTS)
-    assert moves == ["cpu", "cuda", "cpu"] and teacher.condition(PROMPTS) is after and len(moves) == 3
+    assert moves == ["cpu"] * 2 + ["cuda"] * 2 + ["cpu"] * 2
+    assert teacher.condition(PROMPTS) is after and len(moves) == 6
     torch.testing.assert_close(after.values["encoder_hidden_states"], before.values["encoder_hidden_states"])

@@ -98,12 +98,10 @@ def find_inside(source: Tensor, target: Tensor) -> Arrangement | None:
     source = source.to(target.dtype)
     if source.numel() == target.numel() and torch.equal(source.reshape(target.shape), target):
         return View(tuple(target.shape[1:]))
-    for view in _views(source, target):
-        dim = next(d for d in range(target.dim()) if view.shape[d] != target.shape[d])
-        size, room = view.shape[dim], target.shape[dim]
-        for start in range(room - size + 1):
-            if torch.equal(target.narrow(dim, start, size), view):
-                return Beside(dim, start, tuple(view.shape[1:]))
+    piece = _slice(source, target)
+    if piece is not None:
+        dim, start, view = piece
+        return Beside(dim, start, tuple(view.shape[1:]))
     index = _match(source.flatten(), target.flatten())
     if index is None or len(index[index >= 0].unique()) < source.numel():
         return None  # a value of the source did not arrive
@@ -115,14 +113,23 @@ def find_part(source: Tensor, target: Tensor) -> Arrangement | None:
     target = target.to(source.dtype)
     if source.numel() == target.numel() and torch.equal(source.reshape(target.shape), target):
         return View(tuple(target.shape[1:]))
-    for view in _views(target, source):
-        dim = next(d for d in range(source.dim()) if view.shape[d] != source.shape[d])
-        size, room = view.shape[dim], source.shape[dim]
-        for start in range(room - size + 1):
-            if torch.equal(source.narrow(dim, start, size), view):
-                return Part(dim, start if start + size < room else -size, size, tuple(target.shape[1:]))
+    piece = _slice(target, source)
+    if piece is not None:
+        dim, start, view = piece
+        size = view.shape[dim]
+        return Part(dim, start if start + size < source.shape[dim] else -size, size, tuple(target.shape[1:]))
     index = _match(source.flatten(), target.flatten())
     return None if index is None or bool((index < 0).any()) else Gather(index, tuple(target.shape[1:]))
+
+
+def _slice(small: Tensor, large: Tensor) -> tuple[int, int, Tensor] | None:
+    """(dimension, start, the small tensor as it lies there), where it is one slice of the large one."""
+    for view in _views(small, large):
+        dim = next(d for d in range(large.dim()) if view.shape[d] != large.shape[d])
+        for start in range(large.shape[dim] - view.shape[dim] + 1):
+            if torch.equal(large.narrow(dim, start, view.shape[dim]), view):
+                return dim, start, view
+    return None
 
 
 def _views(small: Tensor, large: Tensor) -> list[Tensor]:

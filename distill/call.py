@@ -123,9 +123,12 @@ class Call:
     def answer(self, output: Any, batch: int) -> Tensor:
         """The model output (batch, ...) in what the backbone returned."""
         value = first_tensor(output, batch)
-        if self.leave is not None:
-            rows = len(value) // batch
-            value = self.leave(value if rows == 1 else value.reshape(batch, rows, *value.shape[1:]))
+        rows = len(value) // batch
+        return self.model_output(value if self.leave is None or rows == 1 else value.reshape(batch, rows, *value.shape[1:]))
+
+    def model_output(self, value: Tensor) -> Tensor:
+        """The part of an answer (batch, ...) that the scheduler is given, with its sign."""
+        value = value if self.leave is None else self.leave(value)
         return value if self.sign == 1 else self.sign * value
 
 

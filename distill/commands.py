@@ -21,7 +21,7 @@ from distill.config import Config
 from distill.data.prompts import read_prompts
 from distill.errors import UserError
 from distill.evaluate import run as evaluation
-from distill.evaluate.generate import class_count, conditioned_on, default_inputs, generate
+from distill.evaluate.generate import class_count, default_inputs, generate
 from distill.evaluate.grid import comparison_grid, plain_grid, to_image
 from distill.evaluate.metrics import Context, check_metric
 from distill.evaluate.report import write_report
@@ -29,7 +29,7 @@ from distill.evaluate.run import Entry
 from distill.evaluate.table import print_table
 from distill.export import push as pushing
 from distill.export.files import check_shard_size
-from distill.loading import load_pipeline
+from distill.loading import conditioned_on, load_pipeline
 from distill.resources import find
 from distill.run import DTYPES, is_run, load_student
 from distill.student import Student

@@ -52,6 +52,11 @@ class Findings:
     guidance: Guidance | None = None
 
     @property
+    def answers(self) -> dict[str, Any]:
+        """What the backbone answers without computing (``recording.record``)."""
+        return {self.network: repeated(self.template, self.understood.whole, self.understood.call.state)}
+
+    @property
     def sample_shape(self) -> tuple[int, ...]:
         return self.understood.sample_shape
 
@@ -91,12 +96,8 @@ def probe(runner: Runner, override: Override) -> Findings:
 
 
 def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Findings:
-    network = override.network or _find_network(runner, off)
-    if network not in networks(runner.pipeline):
-        raise NotUnderstood(f"it has no network {network!r}", "network")
-    backbone = networks(runner.pipeline)[network]
-    one = runner.run([runner.placeholder], off, stop=after_steps(SEEN_STEPS, network))
-    steps = one.steps_of(network)
+    network, one = _first_run(runner, override, off)
+    backbone, steps = networks(runner.pipeline)[network], one.steps_of(network)
     others = {c.network for s in one.steps for c in s.calls[-1:]} - {network}
     if len(steps) < 2:
         raise NotUnderstood(f"it denoises with {', '.join(sorted(others | {network}))} in turn" if others else f"it made {len(steps)} steps only", "network")
@@ -113,13 +114,22 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     return Findings(network, backbone, understood, companions, schedule, kind, one, template, two is not None, off)
 
 
-def _find_network(runner: Runner, off: dict[str, float]) -> str:
-    """The component that denoises: the last one called before a step of the scheduler; in a cascade, the last stage's."""
-    stop = None if is_cascade(runner.pipeline) else after_steps(1)
-    seen = runner.run([runner.placeholder], off, lenient=True, stop=stop)
-    if not seen.steps or not seen.steps[-1].calls:
+def _first_run(runner: Runner, override: Override, off: dict[str, float]) -> tuple[str, Recording]:
+    """The component that denoises, and a few computed steps of it. It is the last one that is called before the scheduler's
+    first step; in a cascade, which has to run to its end once to show it, before the last one."""
+    if override.network is not None and override.network not in networks(runner.pipeline):
+        raise NotUnderstood(f"it has no network {override.network!r}", "network")
+    cascade = override.network is None and is_cascade(runner.pipeline)
+    stop = None if cascade else after_steps(SEEN_STEPS, override.network)
+    seen = runner.run([runner.placeholder], off, lenient=cascade, stop=stop)
+    if override.network is not None:
+        return override.network, seen
+    telling = seen.steps[-1 if cascade else 0].calls if seen.steps else []
+    if not telling:
         raise NotUnderstood("it never called its scheduler's step after a network", "network")
-    return seen.steps[-1].calls[-1].network
+    network = telling[-1].network
+    seen.steps = seen.steps_of(network)[:SEEN_STEPS] if cascade else seen.steps
+    return network, seen
 
 
 def _tolerant(runner: Runner, inputs: Sequence[Any], off: dict[str, float], **settings: Any) -> Recording | None:
@@ -144,7 +154,7 @@ def _find_companions(
     missing = list(understood.unexplained)
     found: list[tuple[Companion, Understanding]] = []
     calls = one.steps_of(network)[0].calls
-    flat = flatten([c for c in calls if c.network == network][-1].arguments, understood.whole)
+    flat = flatten(one.first_calls(network)[-1].arguments, understood.whole)
     for call in calls:
         feeds = feeding(missing, flat, call) if call.network != network and call.output is not None else {}
         if feeds:
@@ -173,7 +183,7 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             continue
         recording = runner.run([runner.placeholder], found.off | {name: PROBE_GUIDANCE}, stop=after_steps(1, found.network), negative=[runner.negative])
         step = recording.steps_of(found.network)[0]
-        calls = [c for c in step.calls if c.network == found.network]
+        calls = step.calls_of(found.network)
         answers = [answer for c in calls for answer in _answers(found, c)]
         guided = found.single(step.model_output)  # some pipelines double the scheduler's sample, too
         if len(answers) == 1:
@@ -192,7 +202,7 @@ def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:
     convention, whole = found.understood.call, found.understood.whole
     rows = len(flatten(call.arguments, whole)[convention.state])
     parts = per_copy_answer(call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
-    return [convention.sign * (convention.leave(p) if convention.leave is not None else p) for p in parts]
+    return [convention.model_output(p) for p in parts]
 
 
 def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Findings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
 import json
 import pprint
@@ -168,6 +169,16 @@ def _load_shipped(class_name: str, folder: Path, dtype: torch.dtype) -> Any:
         else:
             settings[name] = value
     return shipped_pipeline(class_name)(**settings)
+
+
+def conditioned_on(pipeline: Any) -> str | None:
+    """What a pipeline's call takes one of per image: "prompt", "class_labels", or None."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if "prompt" in parameters:
+        return "prompt"
+    backbone = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    conditional = getattr(getattr(backbone, "config", None), "num_class_embeds", 1) is not None
+    return "class_labels" if "class_labels" in parameters and conditional else None
 
 
 def _looks_like_hub_id(name: str) -> bool:

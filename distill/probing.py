@@ -60,7 +60,7 @@ def understand(
     """
     steps = one.steps_of(network)
     layouts, whole = _layouts(steps[0], two, other, network)
-    flats = [flatten(_calls(s, network)[-1].arguments, whole) for s in steps]
+    flats = [flatten(s.calls_of(network)[-1].arguments, whole) for s in steps]
     fixed = {k: v for k, v in override.constants.items() if k in flats[0]}
     changed = [path for path in flats[0] if path not in fixed and any(not same(flats[0][path], f.get(path)) for f in flats[1:])]
     state, enter, copies = _state(flats, steps, layouts, [override.state] if override.state else changed, backbone, changed)
@@ -72,7 +72,7 @@ def understand(
     unexplained: list[str] = []
     for path in changed:
         if path != state:
-            affine = _time(path, flats, steps, layouts, copies)
+            affine = _time(path, flats, steps, layouts)
             if affine is None:
                 unexplained.append(path)
                 continue
@@ -131,28 +131,27 @@ def feeding(unexplained: Sequence[str], flat: Mapping[str, Any], call: NetworkCa
 
 def _layouts(first: Step, two: Recording | None, other: Recording | None, network: str) -> tuple[dict[str, Layout], list[str]]:
     """How the samples lie in each argument, from a call for one and a call for two; and the lists not to be opened."""
-    a = _calls(first, network)[-1].arguments
+    a = first.calls_of(network)[-1].arguments
     layouts: dict[str, Layout] = {}
     whole: list[str] = []
     b = two.first_calls(network)[-1].arguments if two is not None and two.first_calls(network) else None
-    size = 1
 
     def visit(x: Any, y: Any, path: str) -> None:
         if isinstance(x, Tensor):
             if isinstance(y, Tensor) and x.dim() == y.dim():
                 axis = next((d for d in range(x.dim()) if y.shape[d] == 2 * x.shape[d] and _same_but(x, y, d)), None)
                 if axis is not None:
-                    layouts[path] = Layout("stacked", axis, x.shape[axis] // size)
-            elif b is None and x.dim() and len(x) in (size, 2 * size, 3 * size) and x.dim() > 1:
-                layouts[path] = Layout("stacked", 0, len(x) // size)
+                    layouts[path] = Layout("stacked", axis, x.shape[axis])
+            elif b is None and x.dim() and len(x) in (1, 2, 3) and x.dim() > 1:
+                layouts[path] = Layout("stacked", 0, len(x))
         elif isinstance(x, Mapping) and x:
             for key, inner in x.items():
                 visit(inner, y.get(key) if isinstance(y, Mapping) else None, f"{path}.{key}" if path else key)
         elif type(x) in (list, tuple) and x:
             doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
-            if doubled or (b is None and isinstance(x, list) and len(x) == size and isinstance(x[0], (Tensor, list, tuple))):
+            if doubled or (b is None and isinstance(x, list) and len(x) == 1 and isinstance(x[0], (Tensor, list, tuple))):
                 nested = all(isinstance(e, (list, tuple)) and len(e) == 1 and isinstance(e[0], Tensor) for e in x)
-                layouts[path] = Layout("nested" if nested else "listed", 0, len(x) // size)
+                layouts[path] = Layout("nested" if nested else "listed", 0, len(x))
                 whole.append(path)
             else:
                 left, right = "[]" if isinstance(x, list) else "()"
@@ -218,17 +217,17 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
     layout = layouts.get(path, Layout())
     arrangement = None
     for flat, step in zip(flats, steps, strict=True):
-        scaled, size = one_sample(step.scaled), 1
+        scaled = one_sample(step.scaled)
         try:
             single = copies_of({path: flat[path]}, {path: layout}, copies)[0][path]
-            entries = _per_copy(layout, copies).split(single, size)
+            entries = _per_copy(layout, copies).split(single, 1)
             target = torch.stack(entries) if isinstance(entries, list) else entries
         except (RuntimeError, TypeError, AttributeError, IndexError):
             return None
-        if not isinstance(target, Tensor) or not target.is_floating_point() or len(target) != size:
+        if not isinstance(target, Tensor) or not target.is_floating_point() or len(target) != 1:
             return None
         if arrangement is None:
-            arrangement = find_inside(scaled[:1], target[:1])
+            arrangement = find_inside(scaled, target)
             if arrangement is None:
                 return None
         if not torch.equal(arrangement(scaled.to(target.dtype), target), target):
@@ -236,7 +235,7 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
     return arrangement
 
 
-def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], copies: int) -> Affine | None:
+def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout]) -> Affine | None:
     """The argument as an affine function of the scheduler's timestep; None if it is not one."""
     values = []
     for flat in flats:
@@ -286,7 +285,7 @@ def _rounded(x: float) -> float:
 
 def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Tensor]], tolerance: float = 0.0) -> Understanding | None:
     """Where the targets lie in the backbone's answers, and with which sign; None if they do not."""
-    answers = [per_copy_answer(_calls(step, network)[-1].output, 1, found.copies) for step, _ in targets]
+    answers = [per_copy_answer(step.calls_of(network)[-1].output, 1, found.copies) for step, _ in targets]
     for kept in range(found.copies):
         for sign in (1.0, -1.0):
             arrangement: Arrangement | None = None
@@ -318,10 +317,6 @@ def per_copy_answer(output: Any, batch: int, copies: int) -> list[Tensor]:
         rows = len(part) // batch
         parts.append(part if rows == 1 else part.reshape(batch, rows, *part.shape[1:]))
     return parts
-
-
-def _calls(step: Step, network: str) -> list[NetworkCall]:
-    return [c for c in step.calls if c.network == network]
 
 
 def values_of(arguments: Mapping[str, Any], found: Understanding, batch: int) -> dict[str, Tensor | list[Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,11 @@ class NetworkCall:
     output: Any = None
 
 
+def calls_of(calls: Sequence[NetworkCall], network: str) -> list[NetworkCall]:
+    """One network's calls among those of all."""
+    return [c for c in calls if c.network == network]
+
+
 @dataclass
 class Step:
     """One step of the scheduler, and the network calls since the last one."""
@@ -46,9 +51,9 @@ class Step:
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
 
-    def uses(self, network: str) -> bool:
-        """Whether that network was called for it."""
-        return any(c.network == network for c in self.calls)
+    def calls_of(self, network: str) -> list[NetworkCall]:
+        """That network's calls for it."""
+        return calls_of(self.calls, network)
 
 
 @dataclass
@@ -63,15 +68,11 @@ class Recording:
 
     def first_calls(self, network: str) -> list[NetworkCall]:
         """A network's calls in the first step that it has a part in, finished or not."""
-        for calls in [*(s.calls for s in self.steps), self.calls]:
-            mine = [c for c in calls if c.network == network]
-            if mine:
-                return mine
-        return []
+        return next((mine for calls in [*(s.calls for s in self.steps), self.calls] if (mine := calls_of(calls, network))), [])
 
     def steps_of(self, network: str | None) -> list[Step]:
         """The steps that a network has a part in; all for None."""
-        return [s for s in self.steps if network is None or s.uses(network)]
+        return [s for s in self.steps if network is None or s.calls_of(network)]
 
 
 @contextmanager

@@ -59,13 +59,13 @@ class Parts:
 def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
     """The recipe's teacher, parity-checked. With LoRA a quantised one is quantised before it comes to the device."""
     section = config.teacher
-    early = section.quantize != "none" and config.student.weights == "lora"
+    early = section.quantize if config.student.weights == "lora" else "none"
     pipeline = load_pipeline(
-        section.pipeline, dtype=DTYPES[section.dtype], device="cpu" if early else device, trust_remote_code=section.trust_remote_code,
+        section.pipeline, dtype=DTYPES[section.dtype], device=device if early == "none" else "cpu", trust_remote_code=section.trust_remote_code,
         revision=section.revision, variant=section.variant,
     )
-    if early and section.quantize != "none":
-        quantize(find_backbone(pipeline)[1], section.quantize, device)
+    if early != "none":
+        quantize(find_backbone(pipeline)[1], early, device)
         pipeline.to(device)
     teacher = Teacher(pipeline, section.call, find_override(section.override, type(pipeline).__name__))
     teacher.check(1e-5 if section.dtype == "float32" else 5e-2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distill.call import flatten
+from distill.loading import conditioned_on
 from distill.overrides import Override
 from distill.recording import Recording, Stop, networks, record
 
@@ -73,13 +74,9 @@ class Runner:
             self._resting = resting
 
     def _input_name(self) -> str | None:
-        if "prompt" in self.parameters and not any(k.startswith("prompt_embeds") for k in self.call):
-            return "prompt"
-        if "class_labels" in self.parameters:
-            unet = getattr(self.pipeline, "unet", None)
-            if unet is None or getattr(unet.config, "num_class_embeds", 1) is not None:
-                return "class_labels"
-        return None
+        kind = conditioned_on(self.pipeline)
+        embedded = kind == "prompt" and any(k.startswith("prompt_embeds") for k in self.call)  # the user has encoded it
+        return None if embedded else kind
 
     def _offs(self, override: Override) -> list[dict[str, float]]:
         """The settings that may switch guidance off, the likelier first: 1 for most pipelines, 0 for some."""

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from distill.call import flatten
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
-from distill.findings import Guidance, probe
+from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
 from distill.recording import Recording, Step, networks
-from distill.running import PROBE_STEPS, Runner, before_calls, repeated
+from distill.running import PROBE_STEPS, Runner, before_calls
+from distill.schedule import Kind
 
 __all__ = ["Guidance", "Teacher"]
 
@@ -80,6 +81,16 @@ class Teacher:
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
+
+    @property
+    def batched(self) -> bool:
+        """Whether the pipeline takes several inputs at once."""
+        return self._found.batched
+
+    @property
+    def scheduler_kind(self) -> Kind:
+        """The kind of prediction that the pipeline gives its scheduler; some convert what their network says."""
+        return self._found.scheduler_kind
 
     @property
     def guidance_free(self) -> bool:
@@ -142,7 +153,7 @@ class Teacher:
         if self.input_name is None:
             one = self._condition([None], None)
             return one[[0] * len(entries)] if one.values else one
-        if self._found.batched:
+        if self.batched:
             return self._condition(entries, negative)
         return cat([self._condition([e], None if negative is None else [negative[i]]) for i, e in enumerate(entries)])
 
@@ -150,7 +161,7 @@ class Teacher:
         found, guidance, batch = self._found, self.guidance, len(entries)
         if guidance is None:
             return self._plain_condition(entries)
-        told = found.off | {guidance.argument: PROBE_SCALE}
+        told = found.off | {guidance.argument: PROBE_GUIDANCE}  # any at which the pipeline encodes the null condition, too
         recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
         parts = self._values(recording, guidance.copies, batch)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
@@ -166,8 +177,7 @@ class Teacher:
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
         found = self._found
-        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
-        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=answers)
+        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=found.answers)
 
     def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
         """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
@@ -236,7 +246,7 @@ class Teacher:
 
     def _for_scheduler(self, prediction: Prediction) -> Tensor:
         """What the pipeline would give its scheduler."""
-        kind, value = self._found.scheduler_kind, prediction.value
+        kind, value = self.scheduler_kind, prediction.value
         value = value if prediction.kind == kind else prediction.as_kind(kind).to(value.dtype)
         return value if prediction.extra is None else torch.cat([value, prediction.extra], 1)
 
@@ -248,10 +258,12 @@ class Teacher:
         if not any(hasattr(c, "decode") and isinstance(c, nn.Module) for c in self.pipeline.components.values()):
             return None
         found = self._found
-        answers = {found.network: repeated(found.template, found.understood.whole, found.understood.call.state)}
 
         def run(x0: Tensor) -> None:
-            self._runner.run([self.placeholder()], found.off, answers=answers, override=lambda step: found.rows(x0) if step.uses(found.network) else None)
+            def final(step: Step) -> Tensor | None:
+                return found.rows(x0) if step.calls_of(found.network) else None
+
+            self._runner.run([self.placeholder()], found.off, answers=found.answers, override=final)
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
@@ -332,7 +344,6 @@ class Teacher:
 
 
 REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
-PROBE_SCALE = 3.0  #: any guidance scale at which a pipeline encodes the null condition, too
 
 
 def _difference(mine: Tensor, theirs: Tensor) -> float:

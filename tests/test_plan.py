@@ -23,7 +23,6 @@ from distill.config import Config, load_config
 from distill.errors import UserError
 from distill.methods import find_method
 from distill.plan import GIB, Memory, Plan, make_plan
-from distill.plan_backbones import BACKBONES, backbone_pipeline
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, _AsOnDevice, checkpoint_blocks
 from distill.run import build
@@ -31,6 +30,18 @@ from distill.teacher import Teacher
 
 ADAPTERS = ("student.weights=lora", "student.lora.rank=4")
 QUICKSTART = ["trainer.batch_size=16", "method.critic_steps=1"]
+
+
+def write_recipe(folder: Path, unet: dict[str, Any], prompts: str, critic_steps: int, batch_size: int) -> Path:
+    """A recipe of guided DMD2 for a Stable Diffusion of which there is the configuration only."""
+    pipeline_configs.write_stable_diffusion(folder / "sd", unet)
+    (folder / "prompts.txt").write_text(prompts)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"teacher: {{pipeline: {folder / 'sd'}}}\nmethod: {{name: dmd2, guidance_scale: 4.0, critic_steps: {critic_steps}}}\n"
+        f"data: {{source: prompts, path: {folder / 'prompts.txt'}}}\ntrainer: {{batch_size: {batch_size}}}\noutput: {{folder: {folder / 'run'}}}\n"
+    )
+    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +52,7 @@ def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sample_size": 8, "block_out_channels": [16, 32], "layers_per_block": 1, "cross_attention_dim": 24, "norm_num_groups": 4, "attention_head_dim": 4,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     }
-    pipeline_configs.write_stable_diffusion(folder / "sd", small)
-    (folder / "prompts.txt").write_text("a cat\na dog\na cat\n")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(
-        f"teacher: {{pipeline: {folder / 'sd'}}}\nmethod: {{name: dmd2, guidance_scale: 4.0, critic_steps: 2}}\n"
-        f"data: {{source: prompts, path: {folder / 'prompts.txt'}}}\ntrainer: {{batch_size: 2}}\noutput: {{folder: {folder / 'run'}}}\n"
-    )
-    return recipe
+    return write_recipe(folder, small, "a cat\na dog\na cat\n", critic_steps=2, batch_size=2)
 
 
 @functools.cache
@@ -228,58 +232,6 @@ def test_calls_of_a_method_that_draws_its_steps(sd: Path) -> None:
     assert plan.flops["student forward"] / plan.flops["critic forward"] == pytest.approx(calls["student"] / 3)
 
 
-# -- pipelines without weights ------------------------------------------------------------------------------------------
-
-
-def test_hollow_teacher_is_called_as_the_real_one(tmp_path: Path) -> None:
-    """Same calling convention and guidance, found on a pipeline without weights."""
-    real = Teacher(tiny.tiny_stable_diffusion())
-    tiny.tiny_stable_diffusion().save_pretrained(tmp_path)
-    for weights in tmp_path.rglob("*.safetensors"):
-        weights.unlink()
-    hollow = hollow_teacher(str(tmp_path))
-    assert hollow.denoiser.call.state == real.denoiser.call.state and hollow.denoiser.call.times == real.denoiser.call.times
-    assert hollow.denoiser.call.layouts == real.denoiser.call.layouts and hollow.guidance == real.guidance
-    assert hollow.sample_shape == real.sample_shape and hollow.denoiser.kind == real.denoiser.kind
-    there, here = real.condition(["a cat"]), hollow.condition(["a cat"])
-    assert {k: v.shape for k, v in there.values.items()} == {k: v.shape for k, v in here.values.items()}
-    assert all(v.device.type == "meta" for v in here.values.values())
-
-
-SMALL: dict[str, dict[str, Any]] = {
-    "UNet2DModel": {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 4,
-                    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
-    "UNet2DConditionModel": {"sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 8,
-                             "attention_head_dim": 4, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
-                             "projection_class_embeddings_input_dim": 32},
-    "SD3Transformer2DModel": {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 16,
-                              "caption_projection_dim": 16, "pooled_projection_dim": 8, "pos_embed_max_size": 8},
-    "FluxTransformer2DModel": {"in_channels": 4, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16,
-                               "joint_attention_dim": 16, "pooled_projection_dim": 8, "axes_dims_rope": (4, 6, 6), "guidance_embeds": True},
-    "PixArtTransformer2DModel": {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 16,
-                                 "cross_attention_dim": 16},
-    "DiTTransformer2DModel": {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
-    "SanaTransformer2DModel": {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 16,
-                               "cross_attention_dim": 16, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8},
-}
-
-
-@pytest.mark.parametrize("name", sorted(BACKBONES))
-def test_backbone_alone(tmp_path: Path, name: str) -> None:
-    """A folder with nothing but a backbone's config.json can be planned."""
-    pipeline_configs.write_json(tmp_path / "backbone/config.json", {"_class_name": name, **SMALL[name]})
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    prompts = "UNet2DModel" != name and "DiT" not in name
-    data = f"data: {{source: prompts, path: {tmp_path / 'prompts.txt'}}}\n" if prompts else ""
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"teacher: {{pipeline: {tmp_path / 'backbone'}}}\nmethod: {{name: dmd2, critic_steps: 1}}\n{data}"
-                      f"trainer: {{batch_size: 1}}\noutput: {{folder: {tmp_path / 'run'}}}\n")
-    plan = make_plan(load_config(recipe), "cpu")
-    assert plan.backbone == name and not plan.notes
-    assert plan.memory["activations"] > 0 and plan.flops["student backward"] > plan.flops["student forward"] / 2
-
-
 def test_checkpointing_recomputes_with_the_adapter_of_the_forward() -> None:
     """Else the second computation saves other tensors than the first, and PyTorch refuses."""
     from distill.adapters import LoRA
@@ -435,18 +387,6 @@ def test_within_15_percent_of_a_real_step(tmp_path: Path, overrides: list[str]) 
         "sample_size": 32, "block_out_channels": [128, 256, 256], "cross_attention_dim": 192, "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
         "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
     }
-    pipeline_configs.write_stable_diffusion(tmp_path / "sd", unet)
-    (tmp_path / "prompts.txt").write_text("a cat\n")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"teacher: {{pipeline: {tmp_path / 'sd'}}}\nmethod: {{name: dmd2, guidance_scale: 4.0, critic_steps: 1}}\n"
-        f"data: {{source: prompts, path: {tmp_path / 'prompts.txt'}}}\ntrainer: {{batch_size: 4}}\noutput: {{folder: {tmp_path / 'run'}}}\n"
-    )
+    recipe = write_recipe(tmp_path, unet, "a cat\n", critic_steps=1, batch_size=4)
     found = measured(recipe, overrides)
     assert found["planned"] == pytest.approx(found["measured"], rel=0.15)
-
-
-def test_unknown_backbone_alone() -> None:
-    """It is refused by name."""
-    with pytest.raises(UserError, match="Linear.*UNet2DConditionModel"):
-        backbone_pipeline(nn.Linear(1, 1))

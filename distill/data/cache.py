@@ -117,6 +117,10 @@ class Shards:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def is_uniform(self) -> bool:
+        """Whether the entries of all shards have the same names and shapes."""
+        return len({tuple((n, *f.get_slice(n).get_shape()[1:]) for n in sorted(f.keys())) for f in self._files}) <= 1
+
     def read(self, name: str, indices: Tensor) -> Tensor:
         """Entries of one tensor, (len(indices), ...)."""
         return torch.stack([self._row(name, i) for i in indices.tolist()])

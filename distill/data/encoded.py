@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distill.call import Values
 from distill.checkpoint import sha256
 from distill.data.cache import SHARD, Cache, Shards, fingerprint
 from distill.data.images import read_image
@@ -46,7 +45,7 @@ class InMemory:
 
 
 class OnDisk:
-    """All of them in the cache. The null condition, which is the same for all inputs, is kept once a shard."""
+    """All of them in the cache."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
@@ -66,18 +65,20 @@ def encode_conditions(teacher: Teacher, inputs: Sequence[Any], cache_folder: Pat
     """
     if cache_folder is None or teacher.input_name != "prompt":
         return InMemory(teacher, inputs)
-    probe = teacher.condition([inputs[0], inputs[-1]])
-    if not _is_uniform(probe.values) or not _is_uniform(probe.null or {}):
-        return InMemory(teacher, inputs)
-
     def encode(indices: Sequence[int]) -> dict[str, Tensor]:
         chosen = [inputs[i] for i in indices]
         whole = cat([teacher.condition(chosen[i : i + ENCODE_BATCH]) for i in range(0, len(chosen), ENCODE_BATCH)])
         named = {f"values/{k}": v for k, v in whole.values.items()} | {f"null/{k}": v for k, v in (whole.null or {}).items()}
-        return {k: v for k, v in named.items() if isinstance(v, Tensor)}
+        tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+        if len(tensors) < len(named):
+            raise _Ragged
+        return tensors
 
-    shards = Cache(cache_folder / "conditions", _key(teacher, "conditions")).rows([str(i) for i in inputs], encode, track, "encoding prompts")
-    return OnDisk(shards)
+    try:
+        shards = Cache(cache_folder / "conditions", _key(teacher, "conditions")).rows([str(i) for i in inputs], encode, track, "encoding prompts")
+    except _Ragged:
+        return InMemory(teacher, inputs)
+    return OnDisk(shards) if shards.is_uniform() else InMemory(teacher, inputs)
 
 
 def encode_images(teacher: Teacher, paths: Sequence[Path], cache_folder: Path | None) -> Tensor:
@@ -106,5 +107,5 @@ def _key(teacher: Teacher, what: str) -> str:
     return hashlib.sha256((settings + fingerprint(teacher.encoders())).encode()).hexdigest()
 
 
-def _is_uniform(values: Values) -> bool:
-    return all(isinstance(v, Tensor) for v in values.values())
+class _Ragged(Exception):
+    """These conditions are not tensors of one shape."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.loading import conditioned_on
 from distill.progress import track
 
 #: Image i of seed s is drawn from s × this + i: with s + i, all but one image of seed 1 would repeat the noise of seed 0.
@@ -26,16 +27,6 @@ class Images:
     inputs: list[Any]  #: the prompt, class or None of each
     images_per_second: float  #: over the full batches but the first, which warms up (over it too, if there is no other)
     seconds: float
-
-
-def conditioned_on(pipeline: Any) -> str | None:
-    """What a pipeline's call takes one of per image: "prompt", "class_labels", or None."""
-    parameters = inspect.signature(pipeline.__call__).parameters
-    if "prompt" in parameters:
-        return "prompt"
-    backbone = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    conditional = getattr(getattr(backbone, "config", None), "num_class_embeds", 1) is not None
-    return "class_labels" if "class_labels" in parameters and conditional else None
 
 
 def class_count(pipeline: Any) -> int:

@@ -26,7 +26,8 @@ from distill.data.images import SUFFIXES
 from distill.errors import UserError
 from distill.evaluate import digits
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
-from distill.evaluate.generate import Images, conditioned_on
+from distill.evaluate.generate import Images
+from distill.loading import conditioned_on
 from distill.resources import resource
 
 Numbers = dict[str, float | int | str]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.sampling import Sampler
-from distill.schedule import Kind
 from distill.student import Student
 
 #: Arguments of every call of an exported pipeline, whatever the number of steps: guidance off or as trained, the size.
@@ -43,18 +42,11 @@ def fixed_arguments(student: Student) -> dict[str, Any]:
     return {k: v for k, v in student.teacher.settings.items() if k not in left_out}
 
 
-def given_kind(student: Student) -> Kind:
-    """The kind of prediction that the pipeline gives its scheduler; some convert what their network says."""
-    found = getattr(student.teacher, "_found", None)
-    return student.denoiser.kind if found is None else found.scheduler_kind
-
-
 def probe_inputs(student: Student) -> list[Any]:
     """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once (and the teacher's
     fixed arguments are no tensors or images for one sample)."""
     teacher = student.teacher
-    found = getattr(teacher, "_found", None)
-    several = (found is None or found.batched) and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed_arguments(student).values())
+    several = teacher.batched and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed_arguments(student).values())
     several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")
     return [student.teacher.placeholder()] * (2 if several else 1)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.export.assembly import edit_index
-from distill.export.calls import Plain, given_kind, guidance_off
+from distill.export.calls import Plain, guidance_off
 from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
 from distill.sampling import way_point
 from distill.schedule import Flow
@@ -26,7 +26,7 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     Raises:
         UserError: for a kind of prediction that the file's sampler does not know.
     """
-    sampler, schedule, kind = student.sampler, student.denoiser.schedule, given_kind(student)
+    sampler, schedule, kind = student.sampler, student.denoiser.schedule, student.teacher.scheduler_kind
     prediction_type = "flow_prediction" if kind == "velocity" and isinstance(schedule, Flow) else PREDICTION_TYPES.get(kind)
     if prediction_type is None:
         raise UserError(f"the few-step pipeline file knows no {kind} prediction on a {type(schedule).__name__} schedule")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distill.denoiser import Condition, Denoiser, Prediction
-from distill.export.calls import Plain, call_arguments, given_kind, probe_inputs
+from distill.export.calls import Plain, call_arguments, probe_inputs
 from distill.loading import quiet
 from distill.sampling import renoise_sample
 from distill.schedule import Kind, NoiseSchedule
@@ -86,7 +86,7 @@ class Rehearsal:
                 trace.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if len(trace.answers) != steps or trace.noise is None:
             return trace.error or f"the scheduler makes {len(trace.answers)} steps, not {steps}", trace
-        ours = MadeUp(student.denoiser.schedule, given_kind(student), trace.answers)
+        ours = MadeUp(student.denoiser.schedule, student.teacher.scheduler_kind, trace.answers)
         with resumed(trace) as fresh:
             final = renoise_sample(ours, student.sampler.ladder(steps), trace.noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
         return compare(ours, final, trace), trace

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.export.calls import Plain, given_kind, plain_call, takes
+from distill.export.calls import Plain, plain_call, takes
 from distill.export.rehearsal import Rehearsal
 from distill.schedule import Flow, NoiseSchedule, TabulatedVP
 from distill.student import Student
@@ -120,9 +120,9 @@ def candidates(student: Student) -> Iterator[Candidate]:
     if type(own).__name__ in FEW_STEP:
         unclipped = {"clip_denoised": False} if "clip_denoised" in own.config else {}
         yield Candidate(type(own).from_config(own.config, **unclipped), lambda times: [{}, *_own_options(schedule, times)])
-    if isinstance(schedule, TabulatedVP) and given_kind(student) in PREDICTION_TYPES:
+    if isinstance(schedule, TabulatedVP) and student.teacher.scheduler_kind in PREDICTION_TYPES:
         yield from _variance_preserving(student, schedule, gamma)
-    if isinstance(schedule, Flow) and given_kind(student) == "velocity" and gamma in (0.0, 1.0):
+    if isinstance(schedule, Flow) and student.teacher.scheduler_kind == "velocity" and gamma in (0.0, 1.0):
         yield from _flow(student, schedule, gamma)
 
 
@@ -136,7 +136,7 @@ def _variance_preserving(student: Student, schedule: TabulatedVP, gamma: float) 
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
     own, length = student.teacher.pipeline.scheduler, len(student.sampler.times)
-    prediction_type = PREDICTION_TYPES[given_kind(student)]
+    prediction_type = PREDICTION_TYPES[student.teacher.scheduler_kind]
     alphas_cumprod = schedule.angles[1:].cos().cpu() ** 2
 
     def timesteps(times: Sequence[float]) -> Options:

@@ -14,13 +14,13 @@ from distill.config import load_config
 from distill.data.digits import load_digits
 from distill.errors import UserError
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
-from distill.evaluate.generate import Images, conditioned_on, default_inputs, generate
+from distill.evaluate.generate import Images, default_inputs, generate
 from distill.evaluate.grid import comparison_grid, plain_grid
 from distill.evaluate.metrics import Context, check_metric, measure
 from distill.evaluate.report import write_report
 from distill.evaluate.run import Entry, evaluate
 from distill.evaluate.table import cells, markdown
-from distill.loading import load_pipeline
+from distill.loading import conditioned_on, load_pipeline
 
 
 def exact(mean: list[float], factor: list[list[float]], count: int = 4000) -> torch.Tensor:

@@ -25,6 +25,8 @@ from tiny import tokenizer as _clip_tokenizer
 from torch import Tensor, nn
 
 PROMPT = "a red apple"
+SQUARE = {"height": 16, "width": 16}
+TEXT = {"prompt": PROMPT, **SQUARE}
 TASKS = (
     "text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "control", "super-resolution", "text-to-video", "image-to-video",
     "video", "audio", "3d", "other",

@@ -9,6 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, Kandinsky3UNet, PriorTransfo
 
 from zoo.core import (
     PROMPT,
+    SQUARE,
+    TEXT,
     add,
     assemble,
     tensor,
@@ -22,8 +24,6 @@ from zoo.core import (
     tiny_unet2d_condition,
 )
 
-SQUARE = {"height": 16, "width": 16}
-TEXT = {"prompt": PROMPT, **SQUARE}
 EMBEDS = {"image_embeds": lambda: tensor(1, 16), "negative_image_embeds": lambda: tensor(1, 16, seed=1)}
 IMAGE = {"image": lambda: tiny_image(), "strength": 0.8}
 PAINT = {"image": lambda: tiny_image(), "mask_image": lambda: half()}

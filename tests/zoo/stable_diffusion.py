@@ -21,6 +21,8 @@ from tiny import vp_scheduler
 
 from zoo.core import (
     PROMPT,
+    SQUARE,
+    TEXT,
     add,
     assemble,
     case,
@@ -35,8 +37,6 @@ from zoo.core import (
     tiny_unet2d_condition,
 )
 
-SQUARE = {"height": 16, "width": 16}
-TEXT = {"prompt": PROMPT, **SQUARE}
 EDIT = {"prompt": PROMPT, "image": lambda: tiny_image()}
 PAINT = {**EDIT, "mask_image": lambda: tiny_mask()}
 CONTROL = {**TEXT, "image": lambda: tiny_image()}

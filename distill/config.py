@@ -182,7 +182,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = (), anywhere: bool 
         config = model.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         # A misspelt key is also a missing one: say the spelling first.
-        found = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        found = sorted(_of_the_meant_kind(tree, error.errors(include_url=False)), key=lambda e: e["type"] != "extra_forbidden")
         refuse([_explain(model, e) for e in found])
         raise
     refuse([problem for problem in _impossible(config) if not (anywhere and _of_this_machine(*problem))])
@@ -245,6 +245,24 @@ def _model_for(tree: dict[str, Any]) -> tuple[type[Config] | None, list[tuple[ya
     if ":" in name:  # a method of the user's own goes by its import path
         method = create_model(method.__name__, __base__=method, name=(str, name))
     return create_model("Config", __base__=Config, method=(method, ...)), []
+
+
+def _of_the_meant_kind(tree: Any, errors: Sequence[Any]) -> list[Any]:
+    """The errors with key paths of the recipe. Where a setting may be a number or a section, pydantic reports what is wrong with
+    it as either, under names of its own in the path: of these, what it was meant to be is kept."""
+    kept = []
+    for error in errors:
+        node, path, meant = tree, [], True
+        for i, key in enumerate(error["loc"]):
+            absent = error["type"] == "missing" and i == len(error["loc"]) - 1
+            if isinstance(node, dict) and (key in node or absent) or isinstance(node, list) and isinstance(key, int):
+                path.append(key)
+                node = node[key] if isinstance(node, list) or key in node else None
+            else:  # a name of pydantic's: that of a section's class, or of a plain type
+                meant &= str(key)[:1].isupper() == isinstance(node, dict)
+        if meant:
+            kept.append({**error, "loc": tuple(path)})
+    return kept or list(errors)
 
 
 def _explain(model: type[BaseModel], error: Any) -> tuple[yamltree.KeyPath, str]:

@@ -8,7 +8,7 @@ that three networks cost the memory of one (and a few adapters). A student of a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Roles:
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable
 
     @property
     def schedule(self) -> NoiseSchedule:

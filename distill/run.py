@@ -24,7 +24,7 @@ from distill.config import LoRA as LoRASettings
 from distill.denoiser import BackboneDenoiser, Denoiser
 from distill.errors import UserError
 from distill.loading import load_pipeline
-from distill.losses.adversarial import Discriminator
+from distill.losses.adversarial import Discriminator, feature_body
 from distill.memory import Offload, checkpoint_activations, offload
 from distill.methods.base import Method
 from distill.overrides import find_override
@@ -91,6 +91,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     waiting = _economize(config, teacher, roles, adapters)
     roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
+    roles.decode = teacher.decode_with_gradient
     assert isinstance(roles.student, BackboneDenoiser)
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)
 
@@ -162,16 +163,20 @@ def _discriminator(method: Method, teacher: Teacher, roles: Roles) -> Discrimina
     wanted = method.discriminator_features()
     if wanted is None:
         return None
-    role, layers = wanted
-    network = getattr(roles, role)
-    probe = teacher.condition([teacher.placeholder()])
-    noise = torch.zeros(1, *teacher.sample_shape, device=teacher.device)
-    try:
-        features = network.predict(noise, torch.tensor(0.5), probe, layers).features
-    except AttributeError:
-        inside = [n for n, _ in network.backbone.named_children()]
-        raise UserError(f"method.gan.layers: {', '.join(layers)}: no such module in {type(network.backbone).__name__}; it has {', '.join(inside)}") from None
-    return Discriminator({name: f.shape[1:] for name, f in features.items()}).to(teacher.device)
+    host, layers = wanted
+    noise, t = torch.zeros(2, *teacher.sample_shape, device=teacher.device), torch.tensor(0.5)
+    if host in ("critic", "teacher"):
+        network, body = getattr(roles, host), None
+        try:
+            features = network.predict(noise[:1], t, teacher.condition([teacher.placeholder()]), layers).features
+        except AttributeError:
+            inside = [n for n, _ in network.backbone.named_children()]
+            name = type(network.backbone).__name__
+            raise UserError(f"method.gan.layers: {', '.join(layers)}: no such module in {name}; it has {', '.join(inside)}") from None
+    else:
+        body = feature_body(host, teacher.sample_shape).to(teacher.device)
+        features = body(noise, t.expand(2))
+    return Discriminator({name: f.shape[1:] for name, f in features.items()}, body=body).to(teacher.device)
 
 
 def is_run(path: Path) -> bool:

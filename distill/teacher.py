@@ -124,10 +124,15 @@ class Teacher:
         helpers = {companion.name for companion, _ in self._found.companions}
         return [(k, v) for k, v in networks(self.pipeline).items() if k != self.backbone_name and k not in helpers]
 
-    def rest_encoders(self) -> None:
+    def rest_encoders(self, but_decoder: bool = False) -> None:
         """Keep what encodes prompts and images on the CPU, and bring it to the device only while it works. A few conditions
-        that are asked for again (those of the sample grids) are remembered."""
-        self._runner.rest([module for _, module in self.encoders()])
+        that are asked for again (those of the sample grids) are remembered.
+
+        Args:
+            but_decoder: the autoencoder stays: a loss on decoded samples works through it at each step.
+        """
+        decoder = self.autoencoder.module if but_decoder and self.autoencoder is not None else None
+        self._runner.rest([module for _, module in self.encoders() if module is not decoder])
         self._remembered = {}
 
     # -- conditions -------------------------------------------------------------------------------------------------
@@ -274,6 +279,11 @@ class Teacher:
         with self._runner.awake():
             decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
         return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+    def decode_with_gradient(self, x0: Tensor) -> Tensor:
+        """The same, differentiable and therefore not clamped."""
+        x0 = x0 * self.denoiser.schedule.data_scale
+        return (self.autoencoder.decode(x0) if self.autoencoder is not None else x0).float() / 2 + 0.5
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Trainer:
         self.parts: Parts = build(config, self.device)
         self.roles = self.parts.roles
         self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
-        self.parts.teacher.rest_encoders()
+        self.parts.teacher.rest_encoders(but_decoder=self.method.needs_decoder())
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}
         self.optimizers = {
             role: self.accelerator.prepare(build_optimizer(config.optimizers.of(role), parameters))
@@ -141,9 +141,9 @@ class Trainer:
     def _batch(self, step: int, micro: int, progress: float) -> Batch:
         settings = self.config.trainer
         index = (step * settings.accumulate + micro) * self.accelerator.num_processes + self.accelerator.process_index
-        x0, condition = self.data.batch(index, settings.batch_size)
+        drawn = self.data.batch(index, settings.batch_size)
         noise = torch.randn(settings.batch_size, *self.parts.teacher.sample_shape, device=self.device)
-        return Batch(noise, condition, x0, progress)
+        return Batch(noise, drawn.condition, drawn.x0, progress, drawn.group, drawn.inputs)
 
     def _update(self, role: str, step: int) -> float:
         """Clip and apply the gradients of one role; a step whose gradient is not finite is dropped and reported."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,15 @@ from distill.data.prompts import read_prompts
 from distill.denoiser import Condition
 from distill.errors import UserError
 from distill.teacher import Teacher
+
+
+class Drawn(NamedTuple):
+    """One batch of the data."""
+
+    x0: Tensor | None
+    condition: Condition
+    group: Tensor  #: (batch,) which of the different inputs
+    inputs: list[Any]
 
 
 class TrainingData:
@@ -42,12 +51,13 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def batch(self, index: int, size: int) -> tuple[Tensor | None, Condition]:
-        """The ``index``-th batch: (x0 or None, condition). Every sample is seen once per epoch, in an order of its own."""
+    def batch(self, index: int, size: int) -> Drawn:
+        """The ``index``-th batch. Every sample is seen once per epoch, in an order of its own."""
         positions = torch.arange(index * size, (index + 1) * size)
         chosen = torch.stack([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
         x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
-        return x0, self._conditions.take(self._index[chosen]).to(self._device)
+        group = self._index[chosen]
+        return Drawn(x0, self._conditions.take(group).to(self._device), group.to(self._device), [self.inputs[int(i)] for i in chosen])
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch[0] != epoch:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from distill.errors import UserError
 from distill.evaluate import digits
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
 from distill.evaluate.generate import Images
+from distill.imports import import_object
 from distill.loading import conditioned_on
 from distill.resources import resource
 
@@ -177,12 +177,11 @@ def check_metric(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     if ":" in name:
-        module, _, attribute = name.partition(":")
         try:
-            found: Metric = getattr(importlib.import_module(module), attribute)
+            found: Metric = import_object(name)
             return found
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"metric {name}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"metric {error}") from None
     close = difflib.get_close_matches(name, METRICS, 1)
     raise UserError(f"there is no metric {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(METRICS)}"))
 

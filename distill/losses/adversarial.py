@@ -1,16 +1,17 @@
-"""Diffusion-GAN heads on hidden features of a denoiser (DMD2: Yin et al. 2024, sec. 4.3; LADD: Sauer et al. 2024).
-
-With the non-saturating logistic loss the optimal logit is log p_data/q at (x_t, t, condition): a density ratio, which
-the f-divergence weights need. (A hinge loss has no such reading, so none is offered here.)
-"""
+"""Discriminators: small heads on hidden features of a denoiser (DMD2: Yin et al. 2024, sec. 4.3; LADD: Sauer et al. 2024), or
+on those of fixed random convolutions; and the losses that they play for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from distill.imports import import_object
 
 
 class FeatureHead(nn.Module):
@@ -40,11 +41,12 @@ class Discriminator(nn.Module):
 
     Args:
         shapes: the features' shapes without the batch, by name: (C, H, W) convolutional, (tokens, C) or (C,) otherwise.
+        body: (x_t, t) → named features, where they are not a backbone's; its parameters, if it has any, are trained too.
     """
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], hidden: int = 64) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], hidden: int = 64, body: nn.Module | None = None) -> None:
         super().__init__()
-        self.names = tuple(shapes)
+        self.names, self.body = tuple(shapes), body
         self.heads = nn.ModuleList(
             FeatureHead(shape[0] if len(shape) == 3 else shape[-1], hidden, spatial=len(shape) == 3)
             for shape in shapes.values()
@@ -55,15 +57,81 @@ class Discriminator(nn.Module):
         logits = [head(features[name].float()) for name, head in zip(self.names, self.heads, strict=True)]
         return torch.stack(logits, dim=1)
 
+    def of_samples(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Logits of noised samples, through the body."""
+        assert self.body is not None
+        return self(self.body(x_t, t))
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """softplus(−l_real) + softplus(l_fake), averaged over batch and heads."""
-    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+class RandomFeatures(nn.Module):
+    """Features of noised samples from convolutions that are drawn once and never trained, at several sizes (in the place of
+    Projected GAN's pretrained ones: Sauer et al. 2021): nothing of a reference data set leaks into them.
+
+    The noise level is a channel of the input. (batch, C, H, W) or (batch, d), which is taken as d pixels in a row.
+    """
+
+    def __init__(self, channels: int, spatial: bool = True, width: int = 64, depth: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.spatial, self.depth = spatial, depth
+        size = (3, 3) if spatial else (1, 1)
+        for i in range(depth):
+            before = channels + 1 if i == 0 else width
+            weight = torch.randn(width, before, *size, generator=generator) * (2 / (before * size[0] * size[1])) ** 0.5
+            self.register_buffer(f"weight_{i}", weight)
+            self.register_buffer(f"bias_{i}", 0.2 * torch.randn(width, generator=generator))
+
+    def forward(self, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        h = x_t.float() if self.spatial else x_t.float()[..., None, None]
+        level = t.to(h).expand(len(h)).reshape(-1, 1, 1, 1).expand(-1, 1, *h.shape[2:])
+        h, features = torch.cat([h, level], 1), {}
+        for i in range(self.depth):
+            weight, bias = getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")
+            h = F.leaky_relu(F.conv2d(h, weight, bias, padding=weight.shape[-1] // 2), 0.2)
+            features[f"random_{i}"] = h if self.spatial else h.flatten(1)
+            if self.spatial and min(h.shape[2:]) >= 4:
+                h = F.avg_pool2d(h, 2)
+        return features
 
 
-def generator_loss(fake: Tensor) -> Tensor:
-    """softplus(−l_fake), averaged over batch and heads (non-saturating)."""
-    return F.softplus(-fake).mean()
+def feature_body(name: str, shape: Sequence[int]) -> nn.Module:
+    """The features of noised samples by name: ``random``, or the import path ``module:Class`` of a user's own, which is made
+    with the samples' shape and maps (x_t, t) to named features.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name == "random":
+        return RandomFeatures(shape[0], spatial=len(shape) == 3)
+    made: nn.Module = import_object(name)(tuple(shape))
+    return made
+
+
+# -- losses -------------------------------------------------------------------------------------------------------------
+
+AdversarialLoss = Literal["logistic", "hinge", "relativistic"]
+
+
+@dataclass(frozen=True)
+class Adversarial:
+    """The two sides of a game; all means over batch and heads."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]  #: (real logits, fake logits)
+    generator: Callable[[Tensor, Tensor | None], Tensor]  #: (fake logits, real logits where the game needs them)
+
+
+def _relativistic_generator(fake: Tensor, real: Tensor | None) -> Tensor:
+    assert real is not None
+    return F.softplus(real - fake).mean()
+
+
+ADVERSARIAL: dict[str, Adversarial] = {
+    # non-saturating logistic (Goodfellow et al. 2014): the optimal logit is a log density ratio
+    "logistic": Adversarial(lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(), lambda fake, _: F.softplus(-fake).mean()),
+    "hinge": Adversarial(lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(), lambda fake, _: -fake.mean()),
+    # pairs of one real and one fake (Jolicoeur-Martineau 2018; R3GAN: Huang et al. 2024)
+    "relativistic": Adversarial(lambda real, fake: F.softplus(fake - real).mean(), _relativistic_generator),
+}
 
 
 def _groups(channels: int) -> int:

@@ -9,11 +9,14 @@ so a divergence is a weight on the reverse-KL gradient, for which h = 1.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from distill.imports import import_object
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"
@@ -42,9 +45,47 @@ _WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 }
 
 
-def divergence_weight(divergence: Divergence, ratio: Tensor) -> Tensor:
+Weight = Callable[[Tensor], Tensor]
+
+
+def known_divergence(name: str) -> str:
+    """The name, if there is such a divergence or such an import path.
+
+    Raises:
+        ValueError: if not.
+    """
+    find_weight(name)
+    return name
+
+
+def find_weight(divergence: str) -> Weight:
+    """h of a divergence by name, or by the import path ``module:function`` of its f(r), whose second derivative is taken
+    by automatic differentiation.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if divergence in DIVERGENCES:
+        return _WEIGHTS[divergence]
+    if ":" not in divergence:
+        close = difflib.get_close_matches(divergence, DIVERGENCES, 1)
+        known = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(map(repr, DIVERGENCES))
+        raise ValueError(f"there is no divergence {divergence!r}; {known} (or the import path of your own f, module:function)")
+    f = import_object(divergence)
+
+    def h(r: Tensor) -> Tensor:
+        with torch.enable_grad():
+            live = r if r.requires_grad else r.detach().requires_grad_()
+            (first,) = torch.autograd.grad(f(live).sum(), live, create_graph=True)
+            (second,) = torch.autograd.grad(first.sum(), live, create_graph=r.requires_grad)
+        return live**2 * second if r.requires_grad else (r**2 * second).detach()
+
+    return h
+
+
+def divergence_weight(divergence: str, ratio: Tensor) -> Tensor:
     """h(r) = r² f''(r), elementwise; ``ratio`` = teacher density over student density."""
-    return _WEIGHTS[divergence](ratio)
+    return find_weight(divergence)(ratio)
 
 
 class RatioNormalizer:
@@ -80,7 +121,7 @@ class RatioNormalizer:
         bin_means.copy_(torch.where(count > 0, blended, bin_means))
         return r / (bin_means[index] + 1e-6)
 
-    def weight(self, divergence: Divergence, logits: Tensor, t: Tensor, bin_means: Tensor) -> Tensor:
+    def weight(self, divergence: str, logits: Tensor, t: Tensor, bin_means: Tensor) -> Tensor:
         """h(r)/mean h(r), (batch,), mean 1."""
         h = divergence_weight(divergence, self.ratio(logits, t, bin_means))
         return h / (h.mean() + 1e-6)

@@ -7,6 +7,7 @@ import importlib.metadata
 import pkgutil
 from functools import cache
 
+from distill.imports import import_object
 from distill.methods.base import Batch, Method, Update
 
 __all__ = ["Batch", "Method", "Update", "available", "find_method"]
@@ -34,11 +35,10 @@ def find_method(name: str) -> type[Method]:
     """
     if ":" not in name:
         return available()[name]
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise KeyError(f"{name}: {error}") from None
+        found = import_object(name)
+    except ValueError as error:
+        raise KeyError(str(error)) from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise KeyError(f"{name} is not a subclass of distill.methods.Method")
     return found

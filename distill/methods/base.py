@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,8 @@ class Batch:
     condition: Condition
     x0: Tensor | None = None
     progress: float = 0.0  #: how far training is, 0 to 1; curricula read this
+    group: Tensor | None = None  #: (batch,) numbers of the conditions: samples of equal conditions share one
+    inputs: Sequence[Any] = ()  #: the prompts or classes that the conditions say
 
 
 class Method(BaseModel):
@@ -43,8 +45,12 @@ class Method(BaseModel):
         """Whether ``Batch.x0`` is used."""
         return False
 
+    def needs_decoder(self) -> bool:
+        """Whether ``Roles.decode`` is used."""
+        return False
+
     def discriminator_features(self) -> tuple[str, tuple[str, ...]] | None:
-        """(role whose hidden features are judged, names of the layers), or None for no discriminator."""
+        """(whose features are judged: a role's, "random", or an import path; names of layers), or None for no discriminator."""
         return None
 
     def guidance_embedding(self) -> int:
@@ -72,9 +78,13 @@ class Method(BaseModel):
         raise NotImplementedError(f"{type(self).__name__} has no update rule")
 
 
-def uniform_times(like: Tensor, low: float, high: float) -> Tensor:
-    """t ~ U[low, high], (batch,), float64; stratified over the batch (one draw in each of its equal parts, shuffled),
-    which leaves every sample's law uniform and takes the noise level's share out of the gradient's variance."""
+def strata(like: Tensor) -> Tensor:
+    """u ~ U[0, 1], (batch,), float64; stratified over the batch (one draw in each of its equal parts, shuffled), which
+    leaves every sample's law uniform and takes the noise level's share out of the gradient's variance."""
     n = len(like)
-    strata = torch.randperm(n, device=like.device) + torch.rand(n, dtype=torch.float64, device=like.device)
-    return low + (high - low) * strata / n
+    return (torch.randperm(n, device=like.device) + torch.rand(n, dtype=torch.float64, device=like.device)) / n
+
+
+def uniform_times(like: Tensor, low: float, high: float) -> Tensor:
+    """t ~ U[low, high], (batch,), float64, stratified."""
+    return low + (high - low) * strata(like)

@@ -5,12 +5,12 @@ A user's own: ``teacher.override: package.module:OVERRIDE`` in a recipe, or ``Te
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill.errors import UserError
+from distill.imports import import_object
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ def find_override(spec: str | None, pipeline_class: str) -> Override:
     """
     if spec is None:
         return OVERRIDES.get(pipeline_class, Override())
-    module, _, name = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = import_object(spec)
+    except ValueError as error:
         raise UserError(f"teacher.override: {spec} cannot be imported ({error}): give module:NAME") from None
     if not isinstance(found, Override):
         raise UserError(f"teacher.override: {spec} is a {type(found).__name__}, not a distill.overrides.Override")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 
 from pydantic import ValidationError
@@ -10,7 +12,7 @@ from pydantic import ValidationError
 from distill.errors import UserError
 from distill.losses.divergence import DIVERGENCES
 from distill.methods import Method, available, find_method
-from distill.verify import any_method, consistency, dmd2
+from distill.verify import any_method, dmd2
 from distill.verify.core import Check, timed
 
 __all__ = ["Check", "checks", "run"]
@@ -33,8 +35,8 @@ def checks(name: str, divergences: Sequence[str] | None = None) -> Iterator[Chec
             raise UserError(f"there is no divergence {divergence!r}; known: {', '.join(DIVERGENCES)}")
     if name == "dmd2":
         yield from timed(dmd2.checks(divergences))
-    elif name == "consistency":
-        yield from timed(consistency.checks())
+    elif ":" not in name and importlib.util.find_spec(own := f"{__name__}.{name}") is not None:  # distill/verify/METHOD.py
+        yield from timed(importlib.import_module(own).checks())
     if not divergences:
         yield from timed(any_method.checks(name, made(name, method)))
 

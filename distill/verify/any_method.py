@@ -8,7 +8,7 @@ import torch
 
 from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Denoiser
-from distill.losses.adversarial import Discriminator
+from distill.losses.adversarial import Discriminator, feature_body
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
 from distill.schedule import CosineVP
@@ -25,7 +25,13 @@ def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
     if "target" in networks:
         networks["target"].load_state_dict(networks["student"].state_dict())
     wanted = method.discriminator_features()
-    discriminator = Discriminator({layer: (3,) for layer in wanted[1]}) if wanted else None
+    discriminator = None
+    if wanted and wanted[0] in ("critic", "teacher"):
+        discriminator = Discriminator({layer: (3,) for layer in wanted[1]})
+    elif wanted:
+        body = feature_body(wanted[0], (2,))
+        features = body(torch.zeros(2, 2), torch.zeros(2))
+        discriminator = Discriminator({name: f.shape[1:] for name, f in features.items()}, body=body)
     return Roles(teacher, discriminator=discriminator, state=method.initial_state(), **networks)  # type: ignore[arg-type]
 
 

@@ -13,8 +13,9 @@ from distill.analytic import AffineGenerator, ExactCritic, ExactRatio, GaussianM
 from distill.denoiser import Condition, Prediction
 from distill.losses.adversarial import Discriminator
 from distill.losses.divergence import DIVERGENCES, GENERATORS, Divergence
+from distill.matching.adversary import GAN
 from distill.methods.base import Batch
-from distill.methods.dmd2 import DMD2, GAN
+from distill.methods.dmd2 import DMD2
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP, Flow, NoiseSchedule
 from distill.verify.core import Check, at_most, between, relative_error, replaced, train
@@ -78,7 +79,7 @@ def exact_method(divergence: Divergence, times: tuple[float, float]) -> DMD2:
     """The distribution-matching term as the mathematics has it: the weight of the exact KL, ratios as they are. The GAN is
     there for its discriminator alone."""
     gan = None if divergence == "reverse_kl" else GAN(weight=1e-30, features="teacher", layers=["state"])
-    return DMD2(divergence=divergence, weighting="kl", score_times=times, ratio_normalization="none", critic_steps=1, gan=gan)
+    return DMD2(divergence=divergence, weighting="exact", score_times=times, ratio_normalization="none", critic_steps=1, gan=gan)
 
 
 def estimated_gradient(
@@ -207,7 +208,7 @@ def overshoot(critic_steps: int, rate: float = 0.05, steps: int = 400) -> float:
     """
     schedule = CosineVP()
     t = 0.5  # alpha² = sigma² = 1/2: all laws have unit variance at every level
-    method = DMD2(weighting="kl", score_times=(t, t), critic_times=(t, t), critic_steps=critic_steps)
+    method = DMD2(weighting="exact", score_times=(t, t), critic_times=(t, t), critic_steps=critic_steps)
     student, critic = AffineGenerator(schedule, (1.0,), (1.0,)), MeanCritic(schedule, (1.0,), (1.0,))
     roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic)
     # D_F − D_T = sigma² c and the weight alpha²/sigma²: the student's gradient is alpha² c. The critic's loss has gradient

@@ -23,14 +23,14 @@ def test_order_is_a_function_of_seed_and_step() -> None:
     x0, labels = torch.arange(23.0)[:, None, None, None].expand(-1, 1, 8, 8), [i % 10 for i in range(23)]
     one, two, other = (TrainingData(teacher, x0, labels, seed) for seed in (1, 1, 2))
     seen = [one.batch(i, 5) for i in range(12)]
-    again, _ = two.batch(7, 5)  # asked out of turn
+    again, *_ = two.batch(7, 5)  # asked out of turn
     assert again is not None and seen[7][0] is not None and torch.equal(again, seen[7][0])
-    numbers = torch.cat([x[:, 0, 0, 0] for x, _ in seen if x is not None])
+    numbers = torch.cat([x[:, 0, 0, 0] for x, *_ in seen if x is not None])
     assert sorted(numbers[:23].tolist()) == sorted(numbers[23:46].tolist()) == list(range(23))  # each once per epoch
     assert numbers[:23].tolist() != numbers[23:46].tolist()
-    different, _ = other.batch(0, 5)
+    different, *_ = other.batch(0, 5)
     assert different is not None and seen[0][0] is not None and not torch.equal(different, seen[0][0])
-    for x, condition in seen:
+    for x, condition, *_ in seen:
         assert x is not None and (condition.values["class_labels"] == (x[:, 0, 0, 0] % 10)).all()
         assert condition.null is not None and (condition.null["class_labels"] == 10).all()
 
@@ -42,7 +42,7 @@ def test_digits() -> None:
     assert torch.bincount(labels).min() > 130  # stratified
     teacher = Teacher(tiny_unet2d())
     data = load_data(Data(source="digits"), teacher, True, seed=3)
-    x0, condition = data.batch(0, 4)
+    x0, condition, *_ = data.batch(0, 4)
     assert x0 is not None and x0.shape == (4, 1, 8, 8) and data.examples(3) == list(dict.fromkeys(labels.tolist()))[:3]
     assert not any((held == image).flatten(1).all(1).any() for image in images[:50])
     assert len(condition.values["class_labels"]) == 4
@@ -60,7 +60,7 @@ def test_captioned_images_are_encoded_once(tmp_path: Path) -> None:
     teacher = Teacher(tiny_stable_diffusion())
     data = load_data(Data(source="images", path=tmp_path), teacher, True)
     assert data.inputs == ["a red apple", "a blue car", "a red apple"] and data.x0 is not None and data.x0.shape == (3, 4, 8, 8)
-    x0, condition = data.batch(0, 3)
+    x0, condition, *_ = data.batch(0, 3)
     expected = teacher.encode(torch.full((1, 3, 16, 16), 60 / 127.5 - 1))
     row = int((data.x0 - expected).abs().flatten(1).sum(1).argmin())
     assert row == 1 and x0 is not None and condition.values["encoder_hidden_states"].shape == (3, 16, 16)
@@ -162,7 +162,7 @@ def test_prompts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="p.jsonl:1: has no caption"):
         read_prompts(tmp_path / "p.jsonl")
     teacher = Teacher(tiny_stable_diffusion())
-    x0, condition = load_data(Data(source="prompts", path=tmp_path / "p.txt"), teacher, False).batch(0, 3)
+    x0, condition, *_ = load_data(Data(source="prompts", path=tmp_path / "p.txt"), teacher, False).batch(0, 3)
     assert x0 is None and len(condition.values["encoder_hidden_states"]) == 3
     with pytest.raises(UserError, match="takes no prompts"):
         load_data(Data(source="prompts", path=tmp_path / "p.txt"), Teacher(tiny_unet2d()), False)
@@ -170,6 +170,6 @@ def test_prompts(tmp_path: Path) -> None:
 
 def test_without_data_labels_are_even() -> None:
     data = load_data(Data(source="none"), Teacher(tiny_unet2d()), False)
-    _, condition = data.batch(0, 40)
+    _, condition, *_ = data.batch(0, 40)
     assert torch.bincount(condition.values["class_labels"]).tolist() == [4] * 10
     assert load_data(Data(source="none"), Teacher(tiny_unet2d(None)), False).batch(0, 4)[1].values == {}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distill.losses.adversarial import Discriminator, discriminator_loss, generator_loss
+from distill.losses.adversarial import ADVERSARIAL, Discriminator
 from distill.losses.divergence import DIVERGENCES, GENERATORS, RatioNormalizer, divergence_weight
 from distill.losses.metrics import METRICS, batch_mean_abs, l2, pseudo_huber, pseudo_huber_elementwise
 
@@ -59,7 +59,7 @@ def test_a_learned_ratio_is_the_ratio() -> None:
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for step in range(800):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 800)
-        loss = discriminator_loss(net(0.5 + torch.randn(1024, 1)), net(-0.5 + torch.randn(1024, 1)))
+        loss = ADVERSARIAL["logistic"].discriminator(net(0.5 + torch.randn(1024, 1)), net(-0.5 + torch.randn(1024, 1)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,7 +87,9 @@ def test_batch_mean_abs() -> None:
 
 def test_adversarial_losses_at_chance() -> None:
     zero = torch.zeros(8, 3)
-    assert float(discriminator_loss(zero, zero)) == pytest.approx(2 * math.log(2)) and float(generator_loss(zero)) == pytest.approx(math.log(2))
+    logistic = ADVERSARIAL["logistic"]
+    assert float(logistic.generator(zero, None)) == pytest.approx(math.log(2))
+    assert float(logistic.discriminator(zero, zero)) == pytest.approx(2 * math.log(2))
 
 
 def test_heads_fit_their_features() -> None:

@@ -10,10 +10,13 @@ from tiny import perturb, tiny_unet2d
 from distill.analytic import AffineGenerator, ExactCritic, GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction
 from distill.losses.adversarial import Discriminator
+from distill.matching.adversary import GAN
+from distill.matching.critic import denoising_loss
+from distill.matching.objectives import injected
 from distill.methods import available, find_method
 from distill.methods.base import Batch, Method, uniform_times
 from distill.methods.consistency import Consistency
-from distill.methods.dmd2 import DMD2, GAN, denoising_loss, injected
+from distill.methods.dmd2 import DMD2
 from distill.roles import LoRA, Roles, build_roles
 from distill.sampling import Sampler, renoise_sample, uniform_ladder
 from distill.schedule import CosineVP
@@ -24,7 +27,7 @@ def test_methods_are_found_by_name_and_by_path() -> None:
     assert {"dmd2", "consistency"} <= available().keys()
     assert find_method("distill.methods.dmd2:DMD2") is DMD2
     with pytest.raises(KeyError, match="not a subclass"):
-        find_method("distill.methods.dmd2:GAN")
+        find_method("distill.matching.adversary:GAN")
     with pytest.raises(KeyError):
         find_method("nowhere:Method")
 

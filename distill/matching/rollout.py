@@ -1,0 +1,79 @@
+"""Which sample of the student is judged: where its network's input comes from, and at what noise level its output is.
+
+    backward_simulation  x0 after a random number of the student's own steps, re-noised between them as at inference (DMD2)
+    trajectory           the point that a deterministic (DDIM) rollout has reached after a random step: noisy but for the last (TDM)
+    any_steps            x0 of a whole sample in a random number of steps, up to the ladder's length (ASD)
+    data                 x0 from real data noised to a random time of the ladder (LADD): inputs that inference never has
+
+Gradients flow through the last ``gradient_steps`` calls alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.denoiser import Condition, Denoiser
+
+Rollout = Literal["backward_simulation", "trajectory", "any_steps", "data"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the student made."""
+
+    x: Tensor  #: (batch, ...) judged, with gradient: clean, or at noise level s
+    x0: Tensor  #: (batch, ...) the clean sample that it leads to, with gradient
+    s: Tensor | None = None  #: (batch,) t of x; None: clean
+    steps: int = 1  #: network calls of the whole sample: for ``any_steps``
+
+
+def roll_out(
+    student: Denoiser, kind: Rollout, ladder: Sequence[float], noise: Tensor, condition: Condition, data: Tensor | None = None,
+    gradient_steps: int = 1, steps: int | None = None,
+) -> Sample:
+    """A sample of the student, with gradient through its last calls.
+
+    Args:
+        ladder: the student's times, descending.
+        noise: (batch, ...), unit variance.
+        data: (batch, ...) real samples, for ``data``.
+        steps: for ``any_steps``: the number of steps; drawn if not given.
+    """
+    schedule = student.schedule
+
+    def at(time: float) -> Tensor:
+        return torch.full((len(noise),), time, dtype=torch.float64, device=noise.device)
+
+    if kind == "data":
+        assert data is not None
+        entry = at(ladder[_below(len(ladder))])
+        x0 = student(schedule.add_noise(data, noise, entry), entry, condition)
+        return Sample(x0, x0)
+    if kind == "any_steps":
+        n = 1 + _below(len(ladder)) if steps is None else steps
+        ladder = [ladder[i * len(ladder) // n] for i in range(n)]
+        last = n - 1
+    else:
+        last = _below(len(ladder))
+    x_t = noise * schedule.initial_scale
+    for i, time in enumerate(ladder[: last + 1]):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i > last - gradient_steps):
+            x0 = student(x_t, at(time), condition)
+            if i == last:
+                break
+            following = at(ladder[i + 1])
+            x_t = schedule.ddim(x_t, x0, at(time), following) if kind == "trajectory" else schedule.add_noise(x0, torch.randn_like(x0), following)
+    if kind == "trajectory" and last + 1 < len(ladder):
+        s = at(ladder[last + 1])
+        return Sample(schedule.ddim(x_t, x0, at(ladder[last]), s), x0, s, last + 1)
+    return Sample(x0, x0, None, last + 1)
+
+
+def _below(count: int) -> int:
+    """A random whole number below a count; none is drawn where there is no choice."""
+    return int(torch.randint(count, ())) if count > 1 else 0

@@ -198,30 +198,34 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _methods(options: argparse.Namespace) -> int:
+    import inspect
+    import textwrap
+
+    from distill.describe import settings
     from distill.methods import available, find_method
 
     if options.name is None:
+        width = max(map(len, available()))
         for name, method in sorted(available().items()):
-            print(f"{name:14} {_first_line(method)}")
+            print(f"{name:{width}}  {_first_line(method)}")
         return 0
     try:
         method = find_method(options.name)
     except KeyError:
         raise UserError(f"there is no method {options.name!r}; known: {', '.join(available())}") from None
-    print(f"{options.name}: {_first_line(method)}\n")
-    for name, field in method.model_fields.items():
-        if name != "name":
-            print(f"  {name:26} {_plain(field.annotation):44} {field.get_default()!r}")
+    print(f"{options.name}: {_first_line(method)}")
+    module = inspect.getdoc(sys.modules[method.__module__])
+    print(f"\n{module}\n" if module else "")
+    for setting in settings(method):
+        if setting.name != "name":
+            print(f"  {setting.name}: {setting.default}    ({setting.kind})")
+            if setting.comment:
+                print(textwrap.fill(setting.comment, 120, initial_indent="      ", subsequent_indent="      "))
     return 0
 
 
 def _first_line(method: type[Any]) -> str:
     return (method.__doc__ or "").strip().split("\n")[0]
-
-
-def _plain(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("distill.methods.dmd2.", "")
 
 
 if __name__ == "__main__":

@@ -42,5 +42,5 @@ def test_comments_defaults_and_what_a_subclass_changes() -> None:
 
 
 def test_every_setting_of_the_engine_says_what_it_is() -> None:
-    silent = [s.name for s in settings(SiD) if not s.comment and s.name not in ("name", "score_weight")]
+    silent = [s.name for s in settings(SiD) if not s.comment and s.name != "name"]
     assert not silent

@@ -56,7 +56,7 @@ class DistributionMatching(Method):
     alpha: float = 1.2  #: of sid
     huber: Annotated[float, Field(gt=0)] | None = 0.01  #: c of sim's pseudo-Huber distance (root mean square); null: the squared norm
     live_ratio: bool = True  #: of expanded: h(r) is differentiated too, as the exact gradient wants
-    score_weight: Scale = 1.0
+    score_weight: Scale = 1.0  #: of the objective in the student's loss
     #: "dmd" 1/mean|x − D_teacher| per sample; "exact" the divergence's own weight in alpha and sigma; "eps" alpha sigma (SwiftBrush:
     #: sigma² times the difference of noise predictions); "none" 1 (Diff-Instruct)
     weighting: Weighting = "dmd"
@@ -73,7 +73,7 @@ class DistributionMatching(Method):
     critic_training_guidance: Scale = 1.0  #: of the critic in its own loss (SiD-LSG)
 
     # the adversary, and anything else
-    gan: GAN | None = None
+    gan: GAN | None = None  #: the discriminator, see matching/adversary.py
     ratio_normalization: Literal["f_distill", "none"] = "f_distill"  #: of the weights h(r): the paper's two stages, or h(exp(logit)) as it is
     ratio_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5  #: of the density ratio's running means
     terms: list[AnyTerm] = []  #: auxiliary losses, see matching/terms.py

@@ -34,7 +34,7 @@ class Teacher(Section):
     pipeline: str  #: a folder, a hub id (owner/model) or a shipped asset
     steps: Positive = 50  #: of its own sampler, where it is compared with the student
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  #: where it is compared; what the student learns is method.guidance_scale
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  #: of its weights, and of all networks' arithmetic; what is trained is kept in float32
     quantize: Literal["none", "8bit", "4bit"] = "none"  #: its frozen weights, with bitsandbytes; with LoRA the student's backbone is this one
     revision: str | None = None
     variant: str | None = None
@@ -102,7 +102,7 @@ class Trainer(Section):
     batch_size: Positive = 32  #: samples per micro-batch and process
     accumulate: Positive = 1  #: micro-batches per update
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  #: of float32 networks; those of a half-precision teacher compute in its dtype, float16 as with fp16
     compile: bool = False  #: torch.compile the backbones
     gradient_checkpointing: bool = False  #: compute activations again in the backward pass: less memory, about a third slower
     offload: bool = False  #: the teacher's (and target's) weights wait on the CPU between uses; no effect where the device is the CPU
@@ -328,6 +328,8 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         yield ("trainer", "device"), "there is no CUDA device here: set device: auto or cpu"
     if trainer.mixed_precision == "fp16" and (trainer.device in ("cpu", "mps") or not torch.cuda.is_available()):
         yield ("trainer", "mixed_precision"), "fp16 needs a CUDA device, and none is used here: set mixed_precision: no or bf16"
+    if config.teacher.dtype == "float16" and trainer.mixed_precision == "bf16":
+        yield ("trainer", "mixed_precision"), "bf16 does not go with a float16 teacher: set teacher.dtype: bfloat16, or mixed_precision: fp16"
     if config.teacher.dtype == "float16" and not torch.cuda.is_available():
         yield ("teacher", "dtype"), "float16 needs a CUDA device, and there is none here: use float32 or bfloat16"
     folder = config.output.folder.expanduser()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distill.call import Call, Values, unflatten
+from distill.masters import Masters
 from distill.schedule import Kind, NoiseSchedule
 
 
@@ -210,18 +211,20 @@ class BackboneDenoiser(Denoiser):
         use: entered around each forward; selects the adapter of this role on a shared backbone.
         trained: name → parameter of what training changes; all of the backbone's where None.
         companions: networks that run before each call and whose answers go into it.
+        masters: keeps what is trained in float32 where the network computes in half precision.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
-        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (),
+        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (), masters: Masters | None = None,
     ) -> None:
-        self.companions = companions
+        self.companions, self.masters = companions, masters
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
         # Quantised weights are integers: the dtype is that of the others.
-        self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
+        with nullcontext() if masters is None else masters.using():
+            self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by the names that the weights have on disk."""

@@ -1,14 +1,16 @@
 """The networks of a training run: teacher, student, critic, target, discriminator.
 
-With full weights each trained role is a copy of the teacher's backbone; where only selected layers are trained, the rest of
-it is the teacher's own memory. With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so
-that three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
+With full weights each trained role is a copy of the teacher's backbone, in float32 whatever the teacher's dtype (see
+``masters.py``); where only selected layers are trained, the rest of it is the teacher's own memory. With LoRA all of them
+are adapters on one shared backbone: the teacher is "adapters off", so that three networks cost the memory of one (and a few
+adapters). A student of a smaller architecture is a network of its own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from distill.adapters import Adapters, LoRA
 from distill.denoiser import BackboneDenoiser, Call, Denoiser
 from distill.errors import UserError
 from distill.losses.adversarial import Discriminator
+from distill.masters import Masters
 from distill.schedule import NoiseSchedule
 from distill.selection import Selection, share, shared_copy
 from distill.smaller import shrunk
@@ -133,7 +136,9 @@ def build_roles(
         backbone.requires_grad_(False)
         for parameter in own.values():
             parameter.requires_grad_(role != "target")
-        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, trained=own)
+        masters = Masters(backbone, own.values()) or None
+        use = nullcontext if masters is None else masters.using
+        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, use, own, masters=masters)
     return Roles(denoiser, **made), None
 
 

@@ -56,6 +56,11 @@ class Parts:
             network.rest()
 
 
+def mixed_precision(config: Config) -> str:
+    """How a run computes. The gradients of a float16 network vanish without the loss scale that comes with "fp16"."""
+    return "fp16" if config.teacher.dtype == "float16" else config.trainer.mixed_precision
+
+
 def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
     """The recipe's teacher, parity-checked. With LoRA a quantised one is quantised before it comes to the device."""
     section = config.teacher
@@ -106,13 +111,13 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
     networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
-    backbones = list({id(n.backbone): n.backbone for n in networks}.values())
-    for backbone in backbones:
-        use_attention(backbone, settings.attention, teacher.device)
+    apart = list({id(n.backbone): n for n in networks}.values())  #: one per backbone
+    for network in apart:
+        use_attention(network.backbone, settings.attention, teacher.device)
     if settings.attention != "default":
         _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
     if settings.gradient_checkpointing:
-        _checkpoint(teacher, roles.student, backbones, adapters)
+        _checkpoint(teacher, roles.student, apart, adapters)
     if not settings.offload:
         return []
     busy = [p for n in networks if n not in (roles.teacher, roles.target) for p in n.backbone.parameters()]
@@ -120,17 +125,17 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
     return [waiting for n in idle if (waiting := offload(n, busy, teacher.device)) is not None]
 
 
-def _checkpoint(teacher: Teacher, student: Denoiser, backbones: Sequence[nn.Module], adapters: Adapters | None) -> None:
+def _checkpoint(teacher: Teacher, student: Denoiser, networks: Sequence[BackboneDenoiser], adapters: Adapters | None) -> None:
     """Checkpoint the backbones' activations, and see that they still compute the same.
 
     Raises:
         UserError: if not: some classes leave an argument out on that path (an attention mask, in some releases of diffusers).
     """
-    what = f"trainer.gradient_checkpointing: {type(backbones[0]).__name__} does not work with it, set it to false"
-    measurable = not any(p.is_meta for p in backbones[0].parameters())  # a plan's networks have no values
+    what = f"trainer.gradient_checkpointing: {type(teacher.backbone).__name__} does not work with it, set it to false"
+    measurable = not any(p.is_meta for p in teacher.backbone.parameters())  # a plan's networks have no values
     before = _try_out(teacher, student, what) if measurable else None
-    for backbone in backbones:
-        checkpoint_activations(backbone, adapters)
+    for network in networks:
+        checkpoint_activations(network.backbone, adapters or network.masters)
     if before is None:
         return
     difference = float((_try_out(teacher, student, what) - before).abs().max() / before.abs().max().clamp_min(1e-6))

@@ -30,7 +30,7 @@ from distill.logs import RunLog
 from distill.methods.base import Batch
 from distill.optim import build_optimizer, rate_at
 from distill.roles import average
-from distill.run import DTYPES, Parts, build, restore
+from distill.run import DTYPES, Parts, build, mixed_precision, restore
 
 MAX_BAD_STEPS = 10  #: this many updates in a row with a loss or gradient that is not finite stop the run
 
@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.folder, self.method = config, folder, config.method
         settings = config.trainer
         self.accelerator = Accelerator(
-            cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision,
+            cpu=settings.device == "cpu", mixed_precision=mixed_precision(config),
             # Cached casts of a no_grad forward would cut the graph of the next forward of the same weights.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )

@@ -61,7 +61,7 @@ def export_diffusers(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         backbone = assembly.merged(student)
-        stock = choose(student, lambda scheduler: assembly.assemble(student, student.denoiser.backbone, scheduler))
+        stock = choose(student, lambda scheduler: assembly.assemble(student, backbone, scheduler))
         pipeline = assembly.assemble(student, backbone, stock.scheduler)
         code = _save(pipeline, temporary, format)
         said: dict[str, Any] = {"form": "diffusers", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}

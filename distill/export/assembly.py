@@ -52,8 +52,12 @@ def remake(cls: type[Any], pipeline: Any, parts: Mapping[str, Any]) -> Any:
 
 
 def merged(student: Student) -> nn.Module:
-    """The backbone with the student's adapter merged, on a copy; the backbone itself for full weights."""
-    return student.denoiser.backbone if student.adapters is None else _without_adapters(student, merge=True)
+    """The backbone as it is handed back: with the student's adapter merged, on a copy; full weights in the teacher's dtype, the
+    backbone itself where it has no other."""
+    if student.adapters is not None:
+        return _without_adapters(student, merge=True)
+    masters = student.denoiser.masters
+    return student.denoiser.backbone if masters is None else masters.narrow_copy(student.denoiser.backbone)
 
 
 def bare(student: Student) -> nn.Module:

@@ -106,6 +106,7 @@ class Trainer(Section):
     compile: bool = False  #: torch.compile the backbones
     gradient_checkpointing: bool = False  #: compute activations again in the backward pass: less memory, about a third slower
     offload: bool = False  #: the teacher's (and target's) weights wait on the CPU between uses; no effect where the device is the CPU
+    batched_roles: bool = False  #: one call for teacher and critic together, where adapters share a backbone: more memory
     attention: Literal["default", "sdpa", "flash", "xformers"] = "default"  #: the kernel of the backbones' attention
     log_every: Positive = 20
     sample_every: Annotated[int, Field(ge=0)] = 500  #: steps between sample grids; 0 for none

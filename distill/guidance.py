@@ -6,7 +6,7 @@ its own guided answer with each of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -69,28 +69,46 @@ class Guided(Denoiser):
         self.off = 0.0 if rule == "shifted" else 1.0
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
+        asked = self.asked(x_t, t, condition)
+        if asked is not None:
+            return self.answered(self.denoiser.predict(*asked, features), x_t, t, condition)
+        assert condition is not None  # prompts of different lengths, for a backbone that takes no mask: two calls
+        told = condition.without_guidance()
+        null = self.denoiser.predict(x_t, t, told.unconditional()).value
+        both = self.denoiser.predict(x_t, t, told, features)
+        return self._combined(null, both.value, both.features, both.extra, x_t, t, condition)
+
+    def asked(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Condition | None] | None:
+        """What the network is asked in one call (the null condition's half first); None where one call does not do."""
         if condition is None or (condition.guidance is None and self.scale == self.off):
-            return self.denoiser.predict(x_t, t, condition, features)
+            return x_t, t, condition
         if condition.null is None and _told_guidance(self.denoiser):  # a backbone that was taught it takes the scale itself
             scale = condition.guidance if condition.guidance is not None else torch.full((len(x_t),), float(self.scale), device=x_t.device)
-            return self.denoiser.predict(x_t, t, condition.with_guidance(scale), features)
+            return x_t, t, condition.with_guidance(scale)
         told = condition.without_guidance()
         null_condition = told.unconditional()
         t = t.to(x_t.device).expand(len(x_t))
-        if same_shapes(told, null_condition):
-            both = self.denoiser.predict(cat_twice(x_t), cat_twice(t), cat([null_condition, told]), features)
-            null, cond = both.value.chunk(2)
-            kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
-        else:  # prompts of different lengths, for a backbone that takes no mask
-            null = self.denoiser.predict(x_t, t, null_condition).value
-            both = self.denoiser.predict(x_t, t, told, features)
-            cond, kept = both.value, dict(both.features)
-        extra = None if both.extra is None else both.extra[-len(x_t) :]
+        return (cat_twice(x_t), cat_twice(t), cat([null_condition, told])) if same_shapes(told, null_condition) else None
+
+    def answered(self, both: Prediction, x_t: Tensor, t: Tensor, condition: Condition | None) -> Prediction:
+        """The guided prediction from the network's answer to ``asked``."""
+        if len(both.value) == len(x_t):
+            return both
+        assert condition is not None
+        null, cond = both.value.chunk(2)
+        kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
+        return self._combined(null, cond, kept, both.extra, x_t, t, condition)
+
+    def _combined(
+        self, null: Tensor, cond: Tensor, kept: Mapping[str, Tensor], extra: Tensor | None, x_t: Tensor, t: Tensor, condition: Condition,
+    ) -> Prediction:
+        t = t.to(x_t.device).expand(len(x_t))
+        extra = None if extra is None else extra[-len(x_t) :]
         w: Scale = self.scale
         if condition.guidance is not None:
             w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))
         # Plain guidance is affine with weights that sum to one, so it may be taken in the native parameterisation.
-        return Prediction(self.rule(null, cond, w), both.kind, x_t, t, self.schedule, kept, extra)
+        return Prediction(self.rule(null, cond, w), self.denoiser.kind, x_t, t, self.schedule, kept, extra)
 
 
 def _told_guidance(denoiser: Denoiser) -> bool:

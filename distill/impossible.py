@@ -29,6 +29,21 @@ def impossible_student(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]
                 yield ("student", key), "is set, but there are no averaged weights: student.ema is 0"
 
 
+def _apart(config: Config) -> str | None:
+    """Why teacher and critic cannot be asked in one call."""
+    student, method = config.student, config.method
+    if student.weights != "lora":
+        return "needs a backbone that the roles share: set student.weights: lora, or leave it out"
+    if student.lora is not None and student.lora.dora:
+        return "does not go with DoRA, whose layers take one adapter per call: set student.lora.dora: false, or leave it out"
+    if config.trainer.compile:
+        return "does not go with trainer.compile: choose one"
+    if "critic" not in method.roles or getattr(method, "divergence", "reverse_kl") != "reverse_kl":
+        why = "has no critic" if "critic" not in method.roles else "reads hidden features with the scores"
+        return f"has nothing to join: method {method.name} as set here {why}; leave it out"
+    return None
+
+
 def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     """What the memory options exclude, and what they need that is not here."""
     student, trainer, quantize = config.student, config.trainer, config.teacher.quantize
@@ -45,6 +60,10 @@ def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         problem = missing_package()
         if problem:
             yield ("teacher", "quantize"), problem
+    if trainer.batched_roles:
+        problem = _apart(config)
+        if problem:
+            yield ("trainer", "batched_roles"), problem
     if trainer.offload and student.weights == "lora":
         yield ("trainer", "offload"), "finds nothing to move: the roles of a LoRA student share one backbone, which is never idle"
     if trainer.gradient_checkpointing and trainer.compile:

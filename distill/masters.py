@@ -19,18 +19,22 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Masters:
-    """The trained parameters of a backbone in float32, in whose places a forward finds them cast to what they were.
+    """The trained parameters of a backbone, replaced by ones in float32, in whose places a forward finds them cast back.
 
     By replacing the tensors and not by autocast: layers that mix trained and frozen weights see one dtype, on any device.
     """
 
     def __init__(self, backbone: nn.Module, trained: Iterable[nn.Parameter]) -> None:
-        half = {id(p): p.dtype for p in trained if p.dtype in HALF}
+        wide = {id(p): nn.Parameter(p.detach().float(), p.requires_grad) for p in trained if p.dtype in HALF}
         #: where each stands (a tied weight stands in several places), and the dtype of its casts
-        self._places = [(m, leaf, p) for m in backbone.modules() for leaf, p in m._parameters.items() if p is not None and id(p) in half]
-        self._dtypes = half
-        for _, _, parameter in self._places:
-            parameter.data = parameter.data.float()
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._dtypes: dict[int, torch.dtype] = {}
+        for module in backbone.modules():
+            for leaf, p in module._parameters.items():
+                if p is not None and id(p) in wide:
+                    self._places.append((module, leaf, wide[id(p)]))
+                    self._dtypes[id(wide[id(p)])] = p.dtype
+        self._put(None)
         self.active: dict[int, Tensor] | None = None  #: the casts that are in place now
 
     def __bool__(self) -> bool:

@@ -33,7 +33,7 @@ from distill.memory import as_now
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
 
-ACTIVATIONS = "activations"
+ACTIVATIONS, TOGETHER = "activations", "teacher and critic"
 
 
 @dataclass
@@ -318,6 +318,8 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
         return call
 
     networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "target") if getattr(roles, r) is not None}
+    if roles.together is not None:
+        networks[TOGETHER] = roles.together.network
     for role, network in networks.items():
         network.predict, network.features = watched(role, network.predict), watched(role, network.features)
     try:

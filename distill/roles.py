@@ -26,6 +26,7 @@ from distill.schedule import NoiseSchedule
 from distill.selection import Selection, share, shared_copy
 from distill.smaller import shrunk
 from distill.teacher import Teacher
+from distill.together import Together
 
 GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"  #: of a guidance embedding, in diffusers' UNets
 
@@ -43,6 +44,7 @@ class Roles:
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    together: Together | None = None  #: asks teacher and critic in one call, where the run is to do so
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -131,12 +133,12 @@ def build_roles(
         follows_student = role in ("student", "target")
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
-        named = dict(backbone.named_parameters())
-        own = {n: named[n] for n in named if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)}
+        chosen = [n for n, _ in backbone.named_parameters() if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)]
         backbone.requires_grad_(False)
+        masters = Masters(backbone, [backbone.get_parameter(n) for n in chosen]) or None
+        own = {n: backbone.get_parameter(n) for n in chosen}
         for parameter in own.values():
             parameter.requires_grad_(role != "target")
-        masters = Masters(backbone, own.values()) or None
         use = nullcontext if masters is None else masters.using
         made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, use, own, masters=masters)
     return Roles(denoiser, **made), None

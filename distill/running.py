@@ -124,6 +124,15 @@ class Runner:
         return recording
 
 
+@contextmanager
+def exact() -> Iterator[None]:
+    """Float32 convolutions in float32. cuDNN rounds their inputs to 10 bits (TF32), and answers of one sample and of the same
+    sample in a batch, which probing compares, would differ by as much."""
+    now = torch.backends.cudnn
+    with now.flags(enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False):
+        yield
+
+
 def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 

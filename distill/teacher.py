@@ -26,7 +26,7 @@ from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
 from distill.recording import Recording, Step, networks
-from distill.running import PROBE_STEPS, Runner, before_calls
+from distill.running import PROBE_STEPS, Runner, before_calls, exact
 from distill.schedule import Kind
 
 __all__ = ["Guidance", "Teacher"]
@@ -55,7 +55,8 @@ class Teacher:
         self._runner = Runner(pipeline, call or {}, override)
         self._remembered: dict[Any, Condition] | None = None
         try:
-            found = self._found = probe(self._runner, override)
+            with exact():
+                found = self._found = probe(self._runner, override)
         except NotUnderstood as error:
             raise UserError(
                 f"{name} cannot be a teacher yet: {error}. If you know it, say it in an override: Override({error.field}=…), see distill/overrides"
@@ -292,6 +293,7 @@ class Teacher:
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @exact()
     def check(self, tolerance: float = 1e-5) -> float:
         """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the model outputs.
 
@@ -315,6 +317,7 @@ class Teacher:
         return worst
 
     @torch.no_grad()
+    @exact()
     def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
         """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
         sample's largest value (but at least 1).

@@ -29,6 +29,7 @@ from distill.losses.metrics import batch_mean_abs
 from distill.methods.base import Batch, Method, Update, uniform_times
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
+from distill.together import Question
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Weighting = Literal["dmd", "kl"]
@@ -140,7 +141,14 @@ class DMD2(Method):
         assert roles.critic is not None
         wanted = () if self.divergence == "reverse_kl" or self.gan is None else tuple(self.gan.layers)
         of_teacher = wanted if self.gan is not None and self.gan.features == "teacher" else ()
-        real = Guided(roles.teacher, self.guidance_scale).predict(x_t, t, condition, of_teacher)
+        guided = Guided(roles.teacher, self.guidance_scale)
+        asked = guided.asked(x_t, t, condition) if roles.together is not None and not wanted else None
+        if asked is not None and asked[2] is not None:
+            assert roles.together is not None
+            both = roles.together.ask([Question(None, *asked), Question("critic", x_t, t, condition)])  # type: ignore[arg-type]
+            if both is not None:
+                return guided.answered(both[0], x_t, t, condition), both[1]
+        real = guided.predict(x_t, t, condition, of_teacher)
         fake = roles.critic.predict(x_t, t, condition, () if of_teacher else wanted)
         return real, fake
 

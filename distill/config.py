@@ -35,7 +35,8 @@ class Teacher(Section):
     steps: Positive = 50  #: of its own sampler, where it is compared with the student
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  #: where it is compared; what the student learns is method.guidance_scale
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  #: of its weights, and of all networks' arithmetic; what is trained is kept in float32
-    quantize: Literal["none", "8bit", "4bit"] = "none"  #: its frozen weights, with bitsandbytes; with LoRA the student's backbone is this one
+    #: its frozen weights, with bitsandbytes (8bit, 4bit) or torchao (int8, int4, float8); with LoRA the student's backbone is this one
+    quantize: Literal["none", "8bit", "4bit", "int8", "int4", "float8"] = "none"
     revision: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False

@@ -9,7 +9,7 @@ import torch
 from distill import yamltree
 from distill.attention import missing_xformers
 from distill.config import Config
-from distill.quantize import missing_package
+from distill.quantize import missing_package, package_of
 
 
 def impossible_student(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
@@ -51,13 +51,13 @@ def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     if quantize != "none":
         if student.train is not None or student.freeze is not None:
             yield ("teacher", "quantize"), "quantises weights that the student's frozen layers share: leave out one of the two"
-        if quantize == "8bit" and student.lora is not None and student.lora.dora:
-            yield ("teacher", "quantize"), "DoRA does not work on 8-bit layers: use 4bit, or student.lora.dora: false"
+        if quantize != "4bit" and student.lora is not None and student.lora.dora:
+            yield ("teacher", "quantize"), f"DoRA does not work on {'8-bit' if quantize == '8bit' else quantize} layers: use 4bit, or student.lora.dora: false"
         if trainer.offload:
             yield ("trainer", "offload"), "quantised weights stay on the device: leave out teacher.quantize or trainer.offload"
         if trainer.compile:
             yield ("trainer", "compile"), "quantised layers are not compiled: leave out teacher.quantize or trainer.compile"
-        problem = missing_package()
+        problem = missing_package(package_of(quantize))
         if problem:
             yield ("teacher", "quantize"), problem
     if trainer.batched_roles:

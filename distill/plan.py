@@ -32,7 +32,7 @@ GIB = 1 << 30
 STATES = {"adamw": 2, "adam": 2, "radam": 2, "sgd": 1}
 EIGHT_BIT = 2 * (1 + 4 / 256)
 #: Bytes per weight of a quantized teacher: the number and its share of a scale.
-QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64}
+QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 128, "float8": 1.0 + 4 / 64}
 #: Libraries of matrix products keep buffers on a GPU.
 CUDA_WORKSPACE = 64 << 20
 AVERAGED, OPTIMIZER, DATA = "averaged weights", "optimizer states", "data"
@@ -44,7 +44,7 @@ class Memory:
 
     checkpointing: bool = False
     offload: bool = False
-    quantize: str = "none"  #: or "8bit", "4bit"
+    quantize: str = "none"  #: or a key of ``QUANTIZED``
     ema_dtype: str = "float32"
     ema_device: str = "same"
 

@@ -56,6 +56,7 @@ class Adapters:
         backbone.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # they are merged on the whole teacher
             for name in names:
                 inject_adapter_in_model(config, backbone, adapter_name=name)
         self.layers: list[Any] = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]

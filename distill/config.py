@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
 
 from distill import yamltree
 from distill.errors import UserError
@@ -103,7 +103,8 @@ class Trainer(Section):
     batch_size: Positive = 32  #: samples per micro-batch and process
     accumulate: Positive = 1  #: micro-batches per update
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  #: of float32 networks; those of a half-precision teacher compute in its dtype, float16 as with fp16
+    #: of float32 networks; those of a half-precision teacher compute in its dtype, float16 as with fp16. (YAML reads no as false.)
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     compile: bool = False  #: torch.compile the backbones
     gradient_checkpointing: bool = False  #: compute activations again in the backward pass: less memory, about a third slower
     offload: bool = False  #: the teacher's (and target's) weights wait on the CPU between uses; no effect where the device is the CPU

@@ -47,7 +47,7 @@ def test_one_call_equals_two(make: Any) -> None:
     assert both is not None and len(calls) == 1
     real, fake = guided.predict(x, t, condition), roles.critic.predict(x, t, condition)
     for one, two in ((guided.answered(both[0], x, t, condition), real), (both[1], fake)):
-        torch.testing.assert_close(one.value, two.value, rtol=0, atol=1e-5 * max(1.0, float(two.value.abs().max())))
+        torch.testing.assert_close(one.value, two.value, rtol=0, atol=1e-5 * max(1.0, float(two.value.detach().abs().max())))
         torch.testing.assert_close(one.x0, two.x0, rtol=1e-4, atol=1e-4)
     assert (real.value - fake.value).abs().max() > 1e-2  # they are two
     with torch.no_grad():  # and afterwards each is itself again

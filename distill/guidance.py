@@ -61,9 +61,14 @@ class Guided(Denoiser):
     """A denoiser under guidance, in one batched call of the network.
 
     A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample.
+
+    Args:
+        conditional: which half of the batch is the conditional one. (It makes a difference: diffusers' OmniGen takes the first
+            row's positions for all.)
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain") -> None:
+    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain", conditional: int = 1) -> None:
+        self.conditional = conditional
         self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
         self.rule = RULES[rule]
         self.off = 0.0 if rule == "shifted" else 1.0
@@ -78,14 +83,15 @@ class Guided(Denoiser):
         null_condition = told.unconditional()
         t = t.to(x_t.device).expand(len(x_t))
         if same_shapes(told, null_condition):
-            both = self.denoiser.predict(cat_twice(x_t), cat_twice(t), cat([null_condition, told]), features)
-            null, cond = both.value.chunk(2)
-            kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
+            halves = [null_condition, told] if self.conditional else [told, null_condition]
+            both = self.denoiser.predict(cat_twice(x_t), cat_twice(t), cat(halves), features)
+            null, cond = (both.value.chunk(2)[i] for i in (1 - self.conditional, self.conditional))
+            kept = {name: value.chunk(2)[self.conditional] for name, value in both.features.items()}
+            extra = None if both.extra is None else both.extra.chunk(2)[self.conditional]
         else:  # prompts of different lengths, for a backbone that takes no mask
             null = self.denoiser.predict(x_t, t, null_condition).value
             both = self.denoiser.predict(x_t, t, told, features)
-            cond, kept = both.value, dict(both.features)
-        extra = None if both.extra is None else both.extra[-len(x_t) :]
+            cond, kept, extra = both.value, dict(both.features), both.extra
         w: Scale = self.scale
         if condition.guidance is not None:
             w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))

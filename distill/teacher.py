@@ -118,7 +118,9 @@ class Teacher:
         """The teacher under guidance of the given scale, as the pipeline itself means it (1: none)."""
         if scale == 1 or (self.guidance is None and self.denoiser.call.embedded is None):
             return self.denoiser
-        return Guided(self.denoiser, scale, self.guidance.rule if self.guidance else "plain")
+        if self.guidance is None:
+            return Guided(self.denoiser, scale)
+        return Guided(self.denoiser, scale, self.guidance.rule, self.guidance.conditional if self.guidance.copies == 2 else 1)
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -81,7 +81,12 @@ def _without_adapters(student: Student, merge: bool) -> nn.Module:
 
 def own_code(pipeline: Any) -> bool:
     """Whether the pipeline's class, or that of one of its parts, is not one of the libraries'."""
-    return bool(_foreign(type(pipeline)) or any(_foreign(type(part)) for part in pipeline.components.values()))
+    return bool(own_class(pipeline) or any(_foreign(type(part)) for part in pipeline.components.values()))
+
+
+def own_class(pipeline: Any) -> bool:
+    """Whether the pipeline's class is not one of the libraries'."""
+    return bool(_foreign(type(pipeline)))
 
 
 def _foreign(cls: type) -> bool:

@@ -211,7 +211,7 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
             if rule is not None:
                 guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
-                found = _with_null_conditions(found, calls)
+                found = _with_call(_with_null_conditions(found, calls), conditional=rule[1] if len(calls) == 1 else 1)
     return replace(found, guidance=guidance)
 
 

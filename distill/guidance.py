@@ -60,18 +60,15 @@ def find_rule(parts: list[Tensor], guided: Tensor, w: float, tolerance: float, c
 class Guided(Denoiser):
     """A denoiser under guidance, in one batched call of the network.
 
-    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample.
-
-    Args:
-        conditional: which half of the batch is the conditional one. (It makes a difference: diffusers' OmniGen takes the first
-            row's positions for all.)
+    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample. The halves of the batch lie as in
+    the pipeline's: diffusers' OmniGen takes the first row's positions for all.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain", conditional: int = 1) -> None:
-        self.conditional = conditional
+    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain") -> None:
         self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
         self.rule = RULES[rule]
         self.off = 0.0 if rule == "shifted" else 1.0
+        self.conditional: int = getattr(getattr(denoiser, "call", None), "conditional", 1)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
         if condition is None or (condition.guidance is None and self.scale == self.off):

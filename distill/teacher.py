@@ -118,9 +118,7 @@ class Teacher:
         """The teacher under guidance of the given scale, as the pipeline itself means it (1: none)."""
         if scale == 1 or (self.guidance is None and self.denoiser.call.embedded is None):
             return self.denoiser
-        if self.guidance is None:
-            return Guided(self.denoiser, scale)
-        return Guided(self.denoiser, scale, self.guidance.rule, self.guidance.conditional if self.guidance.copies == 2 else 1)
+        return Guided(self.denoiser, scale, self.guidance.rule if self.guidance else "plain")
 
     @property
     def settings(self) -> Mapping[str, Any]:

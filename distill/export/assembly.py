@@ -107,8 +107,16 @@ def carry_own_code(folder: Path, pipeline: Any) -> None:
     for part_name, part in pipeline.components.items():
         if _foreign(type(part)):
             source = _source(type(part))
-            shutil.copyfile(source, folder / part_name / source.name)
-            edit_index(folder, {part_name: [source.stem, type(part).__name__]})
+            stem = _own_name(source.stem)
+            shutil.copyfile(source, folder / part_name / f"{stem}.py")
+            edit_index(folder, {part_name: [stem, type(part).__name__]})
+
+
+def _own_name(stem: str) -> str:
+    """A file name that diffusers does not take for one of its own modules: it looks there first."""
+    from diffusers import pipelines
+
+    return f"own_{stem}" if hasattr(pipelines, stem) else stem
 
 
 def carry_pipeline(folder: Path, pipeline: Any) -> str | None:

@@ -66,9 +66,9 @@ def inside(source: Tensor, target: Tensor) -> tuple[Tensor, float] | None:
     in one piece or in another order."""
     if target.numel() == source.numel():
         plain = target.reshape(source.shape)
-        ordered = torch.empty_like(source, dtype=target.dtype)
-        ordered.view(-1)[source.flatten().argsort()] = target.flatten().sort().values
-        candidates = [plain, ordered]
+        ordered = torch.empty(source.numel(), dtype=target.dtype, device=target.device)
+        ordered[source.flatten().argsort()] = target.flatten().sort().values
+        candidates = [plain, ordered.reshape(source.shape)]
     elif target.numel() > source.numel() and target.dim() and len(target) == len(source):
         candidates = []
         for view in views(source, target):

@@ -51,7 +51,7 @@ def proportional(network: str, steps: Sequence[Step]) -> Iterator[tuple[list[Ten
     """The states in the shape of the scheduler's samples, and their factors, for each argument that is proportional to them."""
     flats = [flatten(s.calls_of(network)[-1].arguments) for s in steps]
     for path, value in flats[0].items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or all(same(value, f.get(path)) for f in flats[1:]):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim() or all(same(value, f.get(path)) for f in flats[1:]):
             continue
         for copies in (1, 2, 3):
             found = [inside(one_sample(s.scaled), f[path].chunk(copies)[0]) for s, f in zip(steps, flats, strict=True)]

@@ -95,7 +95,7 @@ def export_few_step(
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
         pipeline = assembly.assemble(student, assembly.merged(student), student.teacher.pipeline.scheduler)
-        code = _save(pipeline, temporary, format)
+        _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), assembly.own_class(pipeline))

@@ -94,13 +94,14 @@ def factor(source: Tensor, target: Tensor) -> float | None:
 def walks(scheduler: Any, steps: Sequence[Step], scales: Sequence[float]) -> Iterator[Walk]:
     """The pairs of schedules that explain the factors, with every clock."""
     for schedule, kind in schedules(scheduler):
-        t = schedule.from_model_time(torch.stack([s.timestep.reshape(-1)[0].double().cpu() for s in steps]))
-        for norm in NORMS:
-            for unit in dict.fromkeys((1.0, schedule.data_scale)):
-                ratio = Rescaled(schedule, norm, "share").ratio(t) / unit
-                if bool(((ratio - torch.tensor(scales)).abs() <= 1e-3 * ratio.abs()).all()):
-                    for clock in CLOCKS:
-                        yield Walk(schedule, kind, Rescaled(schedule, norm, clock, unit), unit)
+        for by_sigma in (False, True) if all(s.sigma is not None for s in steps) else (False,):
+            plain = Walk(schedule, kind, schedule, by_sigma=by_sigma)
+            t = torch.stack([plain.at(s.timestep.reshape(-1)[0].double().cpu(), s.sigma) for s in steps])
+            for norm in NORMS:
+                for unit in dict.fromkeys((1.0, schedule.data_scale)):
+                    ratio = Rescaled(schedule, norm, "share").ratio(t) / unit
+                    if bool(((ratio - torch.tensor(scales)).abs() <= 1e-3 * ratio.abs()).all()):
+                        yield from (replace(plain, own=Rescaled(schedule, norm, clock, unit), unit=unit) for clock in CLOCKS)
 
 
 def schedules(scheduler: Any) -> Iterator[tuple[NoiseSchedule, Kind]]:

@@ -25,7 +25,7 @@ from distill.guidance import Guided
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
-from distill.recording import Recording, Step, networks
+from distill.recording import Recording, Step, networks, sigma_at
 from distill.running import PROBE_STEPS, Runner, before_calls
 from distill.schedule import Kind
 from distill.walk import Walk
@@ -243,7 +243,7 @@ class Teacher:
         denoiser, rows, walk = self.guided(guidance), self._found.rows, self.walk
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
-            t = walk.at(timestep.to(x.device))
+            t = walk.at(timestep.to(x.device), sigma_at(scheduler, timestep))
             if not walk.trivial and not walk.schedule.sigma(t).all():
                 continue  # clean data: where such a pipeline ends
             sample = rows(x)

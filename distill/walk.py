@@ -86,13 +86,18 @@ class Rescaled(NoiseSchedule):
 
     def from_model_time(self, time: Tensor) -> Tensor:
         """By bisection: every clock rises with t. (A little beyond t = 1 is allowed: Sana-Sprint starts at 1.5708 > π/2.)"""
-        time = double(time)
-        low, high = torch.zeros_like(time), torch.full_like(time, 1.001)
-        for _ in range(60):
-            middle = (low + high) / 2
-            below = self.model_time(middle) < time
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+        return bisected(self.model_time, time)
+
+
+def bisected(rising: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """The t in [0, 1.001] at which a rising function has the value."""
+    value = double(value)
+    low, high = torch.zeros_like(value), torch.full_like(value, 1.001)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = rising(middle) < value
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Walk:
         own: the backbone's schedule; the scheduler's itself in most pipelines.
         unit: a sample is so many times what the schedule says (the data's deviation).
         sign: −1 where the scheduler counts from noise to data, so that velocities point the other way.
+        by_sigma: the scheduler's timesteps are rounded, and the network is told of the sigma in its table instead.
         floor: where the pipeline itself turns x0 into the scheduler's kind, it divides by no smaller sigma than this.
     """
 
@@ -112,6 +118,7 @@ class Walk:
     own: NoiseSchedule
     unit: float = 1.0
     sign: float = 1.0
+    by_sigma: bool = False
     floor: float = 0.0
 
     @classmethod
@@ -124,8 +131,11 @@ class Walk:
         """Whether samples are states."""
         return self.own is self.schedule
 
-    def at(self, timestep: Tensor) -> Tensor:
-        """t at a scheduler's timestep."""
+    def at(self, timestep: Tensor, sigma: float | None = None) -> Tensor:
+        """t at a scheduler's timestep, where its table says sigma (``recording.sigma_at``)."""
+        if self.by_sigma and sigma is not None:
+            level = torch.full_like(double(timestep), sigma)
+            return bisected(self.schedule.sigma if isinstance(self.schedule, Flow) else lambda t: (-self.schedule.log_snr(t) / 2).exp(), level)
         return self.schedule.from_model_time(timestep)
 
     @property
@@ -189,7 +199,7 @@ class Walk:
         output = step.model_output if self.sign == 1 else self.sign * step.model_output
         if self.trivial:
             return step if self.sign == 1 else replace(step, model_output=output)
-        t = self.at(step.timestep.reshape(-1)[:1].to(step.sample.device))
+        t = self.at(step.timestep.reshape(-1)[:1].to(step.sample.device), step.sigma)
         x0 = self.schedule.convert(output, step.sample, t, self.kind, "x0") / self.unit
         state = self.state(step.sample, t) if state is None else state
         return replace(step, timestep=self.own.model_time(t)[0], sample=state, scaled=state, model_output=x0)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distill.arrangement import Arrangement, View, find_inside, find_part
+from distill.arrangement import Arrangement, Part, View, find_inside, find_part
 from distill.call import REST, Affine, Call, Layout, first_tensor, flatten, same
+from distill.denoiser import guidance_embedding
 from distill.overrides import Override
 from distill.recording import NetworkCall, Recording, Step
 from distill.schedule import KINDS, Kind, NoiseSchedule
@@ -68,6 +69,8 @@ def understand(
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
     guidance = "timestep_cond" if "timestep_cond" in inspect.signature(backbone.forward).parameters and width else None
+    if guidance is not None and not _embeds_guidance(flats[0].get(guidance), int(width)):
+        guidance = None  # it takes something else: the latent upscaler's noise level
     times: dict[str, Affine] = {}
     unexplained: list[str] = []
     for path in changed:
@@ -89,6 +92,14 @@ def understand(
     plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
     call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance)
     return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained), fixed=tuple(fixed))
+
+
+def _embeds_guidance(value: Any, width: int) -> bool:
+    """Whether an argument for one sample may embed a guidance scale that is off."""
+    if not isinstance(value, Tensor):
+        return True
+    rows = value.double().cpu().reshape(-1, width)
+    return any(bool(((rows - guidance_embedding(torch.tensor([off]), width)).abs() < 1e-2).all()) for off in (1.0, 0.0))
 
 
 def one_sample(sample: Tensor) -> Tensor:
@@ -304,6 +315,9 @@ def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Te
                 answer, wanted = parts[kept], (sign * target).to(parts[kept].dtype)
                 if tolerance and answer.shape == wanted.shape:
                     arrangement = View(tuple(wanted.shape[1:])) if _close(answer, wanted, tolerance) else None
+                elif tolerance and answer.dim() == wanted.dim() and answer[:, : wanted.shape[1]].shape == wanted.shape:  # channels that are not used
+                    part = Part(1, 0, wanted.shape[1], tuple(wanted.shape[1:]))
+                    arrangement = part if _close(part(answer), wanted, tolerance) else None
                 else:
                     arrangement = arrangement or find_part(answer[:1], wanted[:1])
                     if arrangement is not None and not torch.equal(arrangement(answer), wanted):

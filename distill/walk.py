@@ -200,8 +200,8 @@ class Walk:
         if self.trivial:
             return step if self.sign == 1 else replace(step, model_output=output)
         t = self.at(step.timestep.reshape(-1)[:1].to(step.sample.device), step.sigma)
-        x0 = self.schedule.convert(output, step.sample, t, self.kind, "x0") / self.unit
-        state = self.state(step.sample, t) if state is None else state
+        x0 = self.schedule.convert(output, step.scaled, t, self.kind, "x0") / self.unit
+        state = self.state(step.scaled, t) if state is None else state
         return replace(step, timestep=self.own.model_time(t)[0], sample=state, scaled=state, model_output=x0)
 
 

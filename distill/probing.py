@@ -69,7 +69,7 @@ def understand(
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
     guidance = "timestep_cond" if "timestep_cond" in inspect.signature(backbone.forward).parameters and width else None
-    if guidance is not None and not _embeds_guidance(flats[0].get(guidance), int(width)):
+    if guidance is not None and width is not None and not _embeds_guidance(flats[0].get(guidance), int(width)):
         guidance = None  # it takes something else: the latent upscaler's noise level
     times: dict[str, Affine] = {}
     unexplained: list[str] = []

@@ -124,7 +124,7 @@ def find_part(source: Tensor, target: Tensor) -> Arrangement | None:
 
 def _slice(small: Tensor, large: Tensor) -> tuple[int, int, Tensor] | None:
     """(dimension, start, the small tensor as it lies there), where it is one slice of the large one."""
-    for view in _views(small, large):
+    for view in views(small, large):
         dim = next(d for d in range(large.dim()) if view.shape[d] != large.shape[d])
         for start in range(large.shape[dim] - view.shape[dim] + 1):
             if torch.equal(large.narrow(dim, start, view.shape[dim]), view):
@@ -132,7 +132,7 @@ def _slice(small: Tensor, large: Tensor) -> tuple[int, int, Tensor] | None:
     return None
 
 
-def _views(small: Tensor, large: Tensor) -> list[Tensor]:
+def views(small: Tensor, large: Tensor) -> list[Tensor]:
     """The small tensor in the large one's number of dimensions, where they then differ in one dimension only."""
     shapes = [tuple(small.shape)]
     if small.dim() < large.dim():

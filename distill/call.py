@@ -93,6 +93,7 @@ class Call:
     leave: Arrangement | None = None  #: the answer for one sample → the model output; None: as it is
     sign: float = 1.0  #: some pipelines negate the answer
     guidance: str | None = None  #: takes a sinusoidal embedding of the guidance scale (``time_cond_proj_dim``)
+    conditional: int = 1  #: which half of a batch that is doubled for guidance is the conditional one
     embedded: tuple[str, Affine] | None = None  #: takes the guidance scale itself (distilled guidance: Flux and others)
 
     def arguments(self, x_t: Tensor, time: Tensor, values: Values, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from distill.call import Affine, Layout, flatten, same
 from distill.denoiser import Companion
 from distill.guidance import find_rule
 from distill.overrides import Override
+from distill.preconditioned import ENOUGH_STEPS, find_floor, find_preconditioned
 from distill.probing import NotUnderstood, Understanding, feeding, per_copy_answer, understand, understand_answer
-from distill.recording import NetworkCall, Recording, networks
+from distill.recording import NetworkCall, Recording, Step, networks
 from distill.running import OTHER_GUIDANCE, Runner, after_steps, before_calls, is_cascade, repeated
-from distill.schedule import Kind, NoiseSchedule, from_scheduler
+from distill.schedule import NoiseSchedule, from_scheduler
+from distill.walk import Walk
 
 SEEN_STEPS = 3  #: of a recording are computed: two timesteps differ, even where a solver visits one twice
 PROBE_GUIDANCE = 3.0
@@ -43,9 +45,8 @@ class Findings:
     backbone: nn.Module
     understood: Understanding
     companions: tuple[tuple[Companion, Understanding], ...]
-    schedule: NoiseSchedule
-    scheduler_kind: Kind  #: what the pipeline gives its scheduler
-    recorded: Recording  #: a few computed steps for one input
+    walk: Walk  #: from the scheduler's samples to the backbone's states and back
+    recorded: Recording  #: a few computed steps for one input, as told in the backbone's space (``Walk.translated``)
     template: Any  #: the backbone's answer to one input
     batched: bool  #: whether the pipeline takes several inputs at once
     off: dict[str, float]  #: the arguments of the pipeline's call that switch guidance off
@@ -55,6 +56,11 @@ class Findings:
     def answers(self) -> dict[str, Any]:
         """What the backbone answers without computing (``recording.record``)."""
         return {self.network: repeated(self.template, self.understood.whole, self.understood.call.state)}
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The backbone's."""
+        return self.walk.own
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -107,11 +113,23 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
-    understood = understand(backbone, network, one, two, other, override)
-    companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
-    schedule, kind = from_scheduler(one.scheduler)
-    understood = understand_answer(understood, backbone, network, one, schedule, kind, override)
-    return Findings(network, backbone, understood, companions, schedule, kind, one, template, two is not None, off)
+    try:
+        understood = understand(backbone, network, one, two, other, override)
+    except NotUnderstood:
+        found = find_preconditioned(backbone, network, one, two, other, override)
+        if found is None:
+            raise
+        understood, walk, one = found
+        companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
+    else:
+        companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
+        walk = Walk.plain(one.scheduler, *from_scheduler(one.scheduler))
+        one = walk.translated(one)
+        understood = understand_answer(understood, backbone, network, one, walk.own, walk.kind, override)
+        if understood.kind != walk.kind:  # the pipeline converts: the same way everywhere?
+            run = runner.run([runner.placeholder], off, steps=ENOUGH_STEPS, compute=1, lenient=True, stop=after_steps(ENOUGH_STEPS, network))
+            walk = replace(walk, floor=find_floor(walk, understood, network, run))
+    return Findings(network, backbone, understood, companions, walk, one, template, two is not None, off)
 
 
 def _first_run(runner: Runner, override: Override, off: dict[str, float]) -> tuple[str, Recording]:
@@ -185,7 +203,7 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
         step = recording.steps_of(found.network)[0]
         calls = step.calls_of(found.network)
         answers = [answer for c in calls for answer in _answers(found, c)]
-        guided = found.single(step.model_output)  # some pipelines double the scheduler's sample, too
+        guided = _as_backbone_says(found, step)
         if len(answers) == 1:
             found = _with_embedded(found, name, off, calls[0])
         elif len(answers) == 2:
@@ -193,8 +211,19 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
             if rule is not None:
                 guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
-                found = _with_null_conditions(found, calls)
+                found = _with_call(_with_null_conditions(found, calls), conditional=rule[1] if len(calls) == 1 else 1)
     return replace(found, guidance=guidance)
+
+
+def _as_backbone_says(found: Findings, step: Step) -> Tensor:
+    """What the scheduler was given for one input, as the backbone's kind of prediction."""
+    walk, kind = found.walk, found.understood.kind
+    told = walk.translated_step(step)
+    given = found.single(told.model_output)  # some pipelines double the scheduler's sample, too
+    if kind == walk.recorded_kind:
+        return given
+    t = walk.own.from_model_time(told.timestep.reshape(-1)[:1].double())
+    return walk.own.convert(given, found.single(told.scaled), t, walk.recorded_kind, kind).to(step.model_output.dtype)
 
 
 def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:

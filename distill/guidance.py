@@ -60,13 +60,15 @@ def find_rule(parts: list[Tensor], guided: Tensor, w: float, tolerance: float, c
 class Guided(Denoiser):
     """A denoiser under guidance, in one batched call of the network.
 
-    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample.
+    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample. The halves of the batch lie as in
+    the pipeline's: diffusers' OmniGen takes the first row's positions for all.
     """
 
     def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain") -> None:
         self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
         self.rule = RULES[rule]
         self.off = 0.0 if rule == "shifted" else 1.0
+        self.conditional: int = getattr(getattr(denoiser, "call", None), "conditional", 1)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
         asked = self.asked(x_t, t, condition)
@@ -79,7 +81,7 @@ class Guided(Denoiser):
         return self._combined(null, both.value, both.features, both.extra, x_t, t, condition)
 
     def asked(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Condition | None] | None:
-        """What the network is asked in one call (the null condition's half first); None where one call does not do."""
+        """What the network is asked in one call, the halves in the pipeline's own order; None where one call does not do."""
         if condition is None or (condition.guidance is None and self.scale == self.off):
             return x_t, t, condition
         if condition.null is None and _told_guidance(self.denoiser):  # a backbone that was taught it takes the scale itself
@@ -88,22 +90,24 @@ class Guided(Denoiser):
         told = condition.without_guidance()
         null_condition = told.unconditional()
         t = t.to(x_t.device).expand(len(x_t))
-        return (cat_twice(x_t), cat_twice(t), cat([null_condition, told])) if same_shapes(told, null_condition) else None
+        if not same_shapes(told, null_condition):
+            return None
+        return cat_twice(x_t), cat_twice(t), cat([null_condition, told] if self.conditional else [told, null_condition])
 
     def answered(self, both: Prediction, x_t: Tensor, t: Tensor, condition: Condition | None) -> Prediction:
         """The guided prediction from the network's answer to ``asked``."""
         if len(both.value) == len(x_t):
             return both
         assert condition is not None
-        null, cond = both.value.chunk(2)
-        kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
-        return self._combined(null, cond, kept, both.extra, x_t, t, condition)
+        null, cond = (both.value.chunk(2)[i] for i in (1 - self.conditional, self.conditional))
+        kept = {name: value.chunk(2)[self.conditional] for name, value in both.features.items()}
+        extra = None if both.extra is None else both.extra.chunk(2)[self.conditional]
+        return self._combined(null, cond, kept, extra, x_t, t, condition)
 
     def _combined(
         self, null: Tensor, cond: Tensor, kept: Mapping[str, Tensor], extra: Tensor | None, x_t: Tensor, t: Tensor, condition: Condition,
     ) -> Prediction:
         t = t.to(x_t.device).expand(len(x_t))
-        extra = None if extra is None else extra[-len(x_t) :]
         w: Scale = self.scale
         if condition.guidance is not None:
             w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))

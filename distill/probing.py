@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distill.arrangement import Arrangement, View, find_inside, find_part
+from distill.arrangement import Arrangement, Part, View, find_inside, find_part
 from distill.call import REST, Affine, Call, Layout, first_tensor, flatten, same
+from distill.denoiser import guidance_embedding
 from distill.overrides import Override
 from distill.recording import NetworkCall, Recording, Step
 from distill.schedule import KINDS, Kind, NoiseSchedule
@@ -68,6 +69,8 @@ def understand(
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
     guidance = "timestep_cond" if "timestep_cond" in inspect.signature(backbone.forward).parameters and width else None
+    if guidance is not None and width is not None and not _embeds_guidance(flats[0].get(guidance), int(width)):
+        guidance = None  # it takes something else: the latent upscaler's noise level
     times: dict[str, Affine] = {}
     unexplained: list[str] = []
     for path in changed:
@@ -91,6 +94,14 @@ def understand(
     return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained), fixed=tuple(fixed))
 
 
+def _embeds_guidance(value: Any, width: int) -> bool:
+    """Whether an argument for one sample may embed a guidance scale that is off."""
+    if not isinstance(value, Tensor):
+        return True
+    rows = value.double().cpu().reshape(-1, width)
+    return any(bool(((rows - guidance_embedding(torch.tensor([off]), width)).abs() < 1e-2).all()) for off in (1.0, 0.0))
+
+
 def one_sample(sample: Tensor) -> Tensor:
     """What a scheduler was given for one input as (1, ...): video pipelines may give it a row per frame."""
     return sample if len(sample) == 1 else sample.unsqueeze(0)
@@ -108,9 +119,11 @@ def understand_answer(
     steps = one.steps_of(network)
     if override.constants:  # the recorded calls had other ones
         steps = steps[:1]
-    as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
-    if as_given is not None:
-        return as_given
+    given = [(s, one_sample(s.model_output)) for s in steps]
+    for tolerance in (0.0,) if found.copies == 1 else (0.0, 1e-5):  # u + 1 (c − u) is c but for rounding
+        as_given = _answer(replace(found, kind=kind), network, given, tolerance)
+        if as_given is not None:
+            return as_given
     for other in KINDS:
         if other != kind and all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
             targets = [(s, schedule.convert(s.model_output, s.scaled, schedule.from_model_time(s.timestep).expand(len(s.sample)), kind, other)) for s in steps]
@@ -204,13 +217,22 @@ def _state(
 ) -> tuple[str, Arrangement, int]:
     """(path, arrangement, copies): the argument in which the scheduler's sample is found again."""
     for path in candidates:
-        for copies in (1, 2, 3):
+        for copies in (*_repeats(flats[0][path], layouts.get(path)), 1, 2, 3):
             found = _find_state(path, copies, flats, steps, layouts)
             if found is not None:
                 return path, found, copies
     raise NotUnderstood(
         f"the scheduler's sample was found in no argument of {type(backbone).__name__} (changing from step to step: {', '.join(changed) or 'none'})", "state",
     )
+
+
+def _repeats(value: Any, layout: Layout | None) -> list[int]:
+    """Into how many equal copies an argument for one sample falls, where it does: else a second one would pass for something
+    beside the sample."""
+    if layout is None or layout.kind != "stacked" or not isinstance(value, Tensor):
+        return []
+    parts = {c: value.chunk(c, layout.axis) for c in (2, 3) if layout.rows % c == 0}
+    return [c for c, chunks in parts.items() if all(torch.equal(chunks[0], other) for other in chunks[1:])]
 
 
 def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout]) -> Arrangement | None:
@@ -293,6 +315,9 @@ def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Te
                 answer, wanted = parts[kept], (sign * target).to(parts[kept].dtype)
                 if tolerance and answer.shape == wanted.shape:
                     arrangement = View(tuple(wanted.shape[1:])) if _close(answer, wanted, tolerance) else None
+                elif tolerance and answer.dim() == wanted.dim() and answer[:, : wanted.shape[1]].shape == wanted.shape:  # channels that are not used
+                    part = Part(1, 0, wanted.shape[1], tuple(wanted.shape[1:]))
+                    arrangement = part if _close(part(answer), wanted, tolerance) else None
                 else:
                     arrangement = arrangement or find_part(answer[:1], wanted[:1])
                     if arrangement is not None and not torch.equal(arrangement(answer), wanted):

@@ -50,6 +50,7 @@ class Step:
     model_output: Tensor
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
+    sigma: float | None = None  #: the scheduler's own noise level there, where it has a table of them
 
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
@@ -124,7 +125,8 @@ def record(
                 scaled = scale_original[type(self)](self, sample, given["timestep"])
             known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
-            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
+            timestep, sigma = torch.as_tensor(given["timestep"]).clone(), sigma_at(self, given["timestep"])
+            done = Step(recording.calls, timestep, sample, scaled, output, sample, settings, sigma)
             result = original(self, *args, **kwargs)
             wanted = override(done) if override is not None else None
             if wanted is not None:
@@ -182,6 +184,15 @@ def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
     if not found:
         raise UserError(f"{type(pipeline).__name__} has no backbone: it cannot be a teacher")
     return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def sigma_at(scheduler: Any, timestep: Any) -> float | None:
+    """The noise level in a scheduler's table at one of its timesteps, which may be rounded where the level is not."""
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if not isinstance(sigmas, Tensor) or not isinstance(timesteps, Tensor) or len(sigmas) < len(timesteps):
+        return None
+    places = (timesteps == torch.as_tensor(timestep).reshape(-1)[0].to(timesteps)).nonzero()
+    return float(sigmas[places[0, 0]]) if len(places) else None
 
 
 def schedulers(pipeline: Any) -> list[type]:

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from distill.call import flatten
-from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser, cat
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
-from distill.recording import Recording, Step, networks
+from distill.recording import Recording, Step, networks, sigma_at
 from distill.running import PROBE_STEPS, Runner, before_calls, exact
 from distill.schedule import Kind
+from distill.walk import Walk
 
 __all__ = ["Guidance", "Teacher"]
 
@@ -91,7 +92,12 @@ class Teacher:
     @property
     def scheduler_kind(self) -> Kind:
         """The kind of prediction that the pipeline gives its scheduler; some convert what their network says."""
-        return self._found.scheduler_kind
+        return self.walk.kind
+
+    @property
+    def walk(self) -> Walk:
+        """Between the scheduler's samples and the backbone's states: most pipelines make no difference."""
+        return self._found.walk
 
     @property
     def guidance_free(self) -> bool:
@@ -222,7 +228,8 @@ class Teacher:
             generator: for schedulers that draw noise at each step.
         """
         scheduler = self.scheduler(steps)
-        x = self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+        scale = getattr(scheduler, "init_noise_sigma", 1.0) if self.walk.trivial else self.walk.noise_scale
+        x = self._drive(scheduler, condition, noise * scale, guidance, generator)
         return x / self.denoiser.schedule.data_scale
 
     @torch.no_grad()
@@ -234,22 +241,18 @@ class Teacher:
         Args:
             visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
         """
-        denoiser, rows = self.guided(guidance), self._found.rows
+        denoiser, rows, walk = self.guided(guidance), self._found.rows, self.walk
         extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
-            t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
+            t = walk.at(timestep.to(x.device), sigma_at(scheduler, timestep))
+            if not walk.trivial and not walk.schedule.sigma(t).all():
+                continue  # clean data: where such a pipeline ends
             sample = rows(x)
             scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
-            value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
+            value = walk.for_scheduler(denoiser.predict(walk.state(scaled.reshape(x.shape), t), t, condition))
             settings = {} if visited is None else visited[i].settings
             x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
         return x
-
-    def _for_scheduler(self, prediction: Prediction) -> Tensor:
-        """What the pipeline would give its scheduler."""
-        kind, value = self.scheduler_kind, prediction.value
-        value = value if prediction.kind == kind else prediction.as_kind(kind).to(value.dtype)
-        return value if prediction.extra is None else torch.cat([value, prediction.extra], 1)
 
     # -- images -----------------------------------------------------------------------------------------------------
 
@@ -302,13 +305,14 @@ class Teacher:
                 convention would train a student towards something that is not this teacher.
         """
         worst, found = 0.0, self._found
+        as_recorded = self.walk.recorded
         off = next(iter(found.off.values()), 1.0)
         for step in found.recorded.steps_of(found.network):
             values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
             t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
             told = Condition(values, guidance=torch.full((1,), off, device=self.device))
-            mine = self._for_scheduler(self.denoiser.predict(found.single(step.scaled), t, told))
-            worst = max(worst, _difference(mine, found.single(step.model_output)))
+            mine, recorded = self.denoiser.predict(found.single(step.scaled), t, told), found.single(step.model_output)
+            worst = max(worst, _difference(as_recorded(mine), recorded))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "

@@ -41,6 +41,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             alpha = 1 − sigma).
         init_noise_sigma: standard deviation of the first state.
         data_scale: what the last x0 is multiplied by.
+        sample_scale: a state of the pipeline's is so many times x_t.
+        sign: -1 where the pipeline's time runs from noise to data, so that its velocities point the other way.
+        tail: further timesteps at which the pipeline does not call its network.
     """
 
     order = 1
@@ -57,6 +60,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         init_noise_sigma=1.0,
         data_scale=1.0,
         num_train_timesteps=1000,
+        sample_scale=1.0,
+        sign=1.0,
+        tail=(),
     ):
         self.init_noise_sigma = init_noise_sigma
         self.generator = None  # the fresh noise's, for pipelines that hand none to `step`
@@ -71,7 +77,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = given
         self._chosen = [i * len(ladder) // given for i in range(given)]
         whole = self.config.prediction_type != "flow_prediction" and all(float(t).is_integer() for t in ladder)
-        times = torch.tensor([ladder[i] for i in self._chosen], dtype=torch.float64)
+        times = torch.tensor([*(ladder[i] for i in self._chosen), *self.config.tail], dtype=torch.float64)
         self.timesteps = times.to(device, torch.int64 if whole else torch.float32)
         self.sigmas = torch.tensor([*(self.config.sigmas[i] for i in self._chosen), 0.0])
         self._step_index = self._begin_index = None
@@ -105,7 +111,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._begin_index or 0
         config, now = self.config, self._chosen[self._step_index]
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64
-        x, said = sample.to(dtype), model_output[:, : sample.shape[1]].to(dtype)  # a learned variance is left out
+        scale = config.sample_scale
+        x, said = sample.to(dtype) / scale, model_output[:, : sample.shape[1]].to(dtype)  # a learned variance is left out
+        said = said * config.sign / scale
         alpha, sigma = config.alphas[now], config.sigmas[now]
         if config.prediction_type == "epsilon":
             x0, eps = (x - sigma * said) / alpha, said
@@ -129,6 +137,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 generator = self.generator if generator is None else generator
                 fresh = randn_tensor(x.shape, generator, x.device, torch.float32)
                 state = state + variance**0.5 * fresh.to(dtype)
+            state = state * scale
         state, denoised = state.to(sample.dtype), (x0 * config.data_scale).to(sample.dtype)
         return SchedulerOutput(prev_sample=state) if return_dict else (state, denoised)  # as LCMScheduler's
 

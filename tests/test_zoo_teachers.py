@@ -34,6 +34,10 @@ QUICK = {
     "StableCascadePriorPipeline": "a cosine schedule in continuous time",
     "ConsistencyModelPipeline": "EDM's preconditioning",
     "QwenImage21Pipeline": "an override",
+    "Cosmos2TextToImagePipeline": "a rectified flow under a scheduler that adds noise to the data; images of 8 bits",
+    "SanaSprintPipeline": "a rectified flow under TrigFlow",
+    "PRXPixelPipeline": "x0 turned into a velocity with a floor",
+    "OmniGenPipeline": "time from noise to data, guidance that is never off, the conditional half first",
 }
 ROWS = {row["name"]: row for row in checked()}
 

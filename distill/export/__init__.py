@@ -68,7 +68,7 @@ def export_diffusers(
         said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
         no_arguments = _needs_no_arguments(pipeline)
         if not no_arguments:
-            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, stock.plain), code)
+            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, stock.plain), assembly.own_class(pipeline))
         write_facts(temporary, student.sampler, **said)
         arguments = {} if no_arguments else {"num_inference_steps": student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
         note = words.seed_note(stock.generator_used, student.sampler.gamma, student.sampler.steps)
@@ -95,10 +95,10 @@ def export_few_step(
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
         pipeline = assembly.assemble(student, assembly.merged(student), student.teacher.pipeline.scheduler)
-        code = _save(pipeline, temporary, format)
+        _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
-        said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
+        said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), assembly.own_class(pipeline))
         few_step.name_class(temporary)
         write_facts(temporary, student.sampler, **said)
         load = words.load_few_step(folder, pipeline, student, format.variant, named=True)

@@ -85,7 +85,12 @@ def _without_adapters(student: Student, merge: bool) -> nn.Module:
 
 def own_code(pipeline: Any) -> bool:
     """Whether the pipeline's class, or that of one of its parts, is not one of the libraries'."""
-    return bool(_foreign(type(pipeline)) or any(_foreign(type(part)) for part in pipeline.components.values()))
+    return bool(own_class(pipeline) or any(_foreign(type(part)) for part in pipeline.components.values()))
+
+
+def own_class(pipeline: Any) -> bool:
+    """Whether the pipeline's class is not one of the libraries'."""
+    return bool(_foreign(type(pipeline)))
 
 
 def _foreign(cls: type) -> bool:
@@ -106,8 +111,16 @@ def carry_own_code(folder: Path, pipeline: Any) -> None:
     for part_name, part in pipeline.components.items():
         if _foreign(type(part)):
             source = _source(type(part))
-            shutil.copyfile(source, folder / part_name / source.name)
-            edit_index(folder, {part_name: [source.stem, type(part).__name__]})
+            stem = _own_name(source.stem)
+            shutil.copyfile(source, folder / part_name / f"{stem}.py")
+            edit_index(folder, {part_name: [stem, type(part).__name__]})
+
+
+def _own_name(stem: str) -> str:
+    """A file name that diffusers does not take for one of its own modules: it looks there first."""
+    from diffusers import pipelines
+
+    return f"own_{stem}" if hasattr(pipelines, stem) else stem
 
 
 def carry_pipeline(folder: Path, pipeline: Any) -> str | None:

@@ -26,12 +26,13 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     Raises:
         UserError: for a kind of prediction that the file's sampler does not know.
     """
-    sampler, schedule, kind = student.sampler, student.denoiser.schedule, student.teacher.scheduler_kind
+    sampler, walk = student.sampler, student.teacher.walk  # the file's scheduler stands where the teacher's stood
+    schedule, kind = walk.schedule, walk.kind
     prediction_type = "flow_prediction" if kind == "velocity" and isinstance(schedule, Flow) else PREDICTION_TYPES.get(kind)
     if prediction_type is None:
         raise UserError(f"the few-step pipeline file knows no {kind} prediction on a {type(schedule).__name__} schedule")
     times = torch.tensor(sampler.times, dtype=torch.float64)
-    ways = torch.tensor([way_point(schedule, t, sampler.gamma) for t in sampler.times], dtype=torch.float64)
+    ways = torch.tensor([way_point(student.denoiser.schedule, t, sampler.gamma) for t in sampler.times], dtype=torch.float64)
     (alphas, sigmas), (way_alphas, way_sigmas) = schedule.alpha_sigma(times), schedule.alpha_sigma(ways)
     if sampler.gamma == 1:  # clean data, also where the schedule ends a little above it
         way_alphas, way_sigmas = torch.ones_like(ways), torch.zeros_like(ways)
@@ -41,11 +42,21 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
         "scheduler": {
             "timesteps": _rounded(schedule.model_time(times)), "alphas": alphas.tolist(), "sigmas": sigmas.tolist(),
             "way_alphas": way_alphas.tolist(), "way_sigmas": way_sigmas.tolist(), "prediction_type": prediction_type,
-            "init_noise_sigma": float(schedule.initial_scale), "data_scale": float(schedule.data_scale), "num_train_timesteps": schedule.train_steps,
+            "init_noise_sigma": float(walk.noise_scale), "data_scale": float(walk.own.data_scale), "num_train_timesteps": schedule.train_steps,
+            **_unusual(student),
         },
         "call": call,
         "fixed": fixed,
     }
+
+
+def _unusual(student: Student) -> dict[str, Any]:
+    """What only pipelines that precondition in their own loop, or count time backwards, need."""
+    walk = student.teacher.walk
+    last = student.teacher.scheduler(student.sampler.steps).timesteps[-1:].cpu()
+    tail = [float(t) for t in last if not walk.trivial and not float(walk.schedule.sigma(walk.at(t)))]
+    facts: dict[str, Any] = {"sample_scale": walk.unit, "sign": walk.sign, "tail": tail}
+    return {k: v for k, v in facts.items() if v not in (1.0, [])}
 
 
 def _rounded(times: Tensor) -> list[float]:

@@ -56,7 +56,7 @@ def export_lora(
             stock.scheduler.save_pretrained(temporary / "scheduler")
             said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
         if stock is None or not code:
-            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
+            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), assembly.own_class(pipeline))
             if code:
                 assembly.carry_pipeline(temporary, pipeline)
         write_facts(temporary, student.sampler, **said)

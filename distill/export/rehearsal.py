@@ -22,8 +22,8 @@ from distill.denoiser import Condition, Denoiser, Prediction
 from distill.export.calls import Plain, call_arguments, probe_inputs
 from distill.loading import quiet
 from distill.sampling import renoise_sample
-from distill.schedule import Kind, NoiseSchedule
 from distill.student import Student
+from distill.walk import Walk
 
 #: Largest difference of two states that count as equal, relative to the largest value (and to 1): float32 arithmetic in
 #: another order.
@@ -50,16 +50,16 @@ class Trace:
 
 
 class MadeUp(Denoiser):
-    """A denoiser that says what the scheduler was given, and notes where it was asked."""
+    """A denoiser that says what the scheduler was given, and notes where it was asked; in the scheduler's space."""
 
-    def __init__(self, schedule: NoiseSchedule, kind: Kind, answers: list[Tensor]) -> None:
-        self.schedule, self.kind, self.answers = schedule, kind, answers
+    def __init__(self, walk: Walk, answers: list[Tensor]) -> None:
+        self.walk, self.schedule, self.kind, self.answers = walk, walk.schedule, walk.kind, answers
         self.states: list[Tensor] = []
         self.timesteps: list[float] = []
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
-        answer = self.answers[len(self.states)]
-        self.states.append(x_t)
+        answer = self.answers[len(self.states)] * (self.walk.sign / self.walk.unit)
+        self.states.append(x_t * self.walk.unit)
         self.timesteps.append(float(self.schedule.model_time(t).reshape(-1)[0]))
         return Prediction(answer[:, : x_t.shape[1]], self.kind, x_t, t, self.schedule)
 
@@ -86,9 +86,10 @@ class Rehearsal:
                 trace.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if len(trace.answers) != steps or trace.noise is None:
             return trace.error or f"the scheduler makes {len(trace.answers)} steps, not {steps}", trace
-        ours = MadeUp(student.denoiser.schedule, student.teacher.scheduler_kind, trace.answers)
+        ours = MadeUp(student.teacher.walk, trace.answers)
         with resumed(trace) as fresh:
-            final = renoise_sample(ours, student.sampler.ladder(steps), trace.noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
+            noise = unit_noise(ours.walk, pipeline.scheduler, trace.noise)
+            final = renoise_sample(ours, student.sampler.ladder(steps), noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
         return compare(ours, final, trace), trace
 
     @contextmanager
@@ -112,6 +113,11 @@ class Rehearsal:
                 del backbone.forward
             else:
                 backbone.forward = hidden  # type: ignore[method-assign]
+
+
+def unit_noise(walk: Walk, scheduler: Any, noise: Tensor) -> Tensor:
+    """A trace's noise with unit variance also where the pipeline, not its scheduler, scales the first sample."""
+    return noise if walk.trivial else noise * (getattr(scheduler, "init_noise_sigma", 1.0) / walk.noise_scale)
 
 
 def compare(ours: MadeUp, final: Tensor, theirs: Trace) -> str | None:

@@ -115,7 +115,7 @@ def _fit(student: Student, rehearsal: Rehearsal, candidate: Candidate, assemble:
 
 def candidates(student: Student) -> Iterator[Candidate]:
     """Stock schedulers on the teacher's schedule, for the student's kind of prediction and its share of fresh noise."""
-    schedule, gamma = student.denoiser.schedule, student.sampler.gamma
+    schedule, gamma = student.teacher.walk.schedule, student.sampler.gamma
     own = student.teacher.pipeline.scheduler
     if type(own).__name__ in FEW_STEP:
         unclipped = {"clip_denoised": False} if "clip_denoised" in own.config else {}
@@ -192,12 +192,13 @@ def _flow(student: Student, schedule: Flow, gamma: float) -> Iterator[Candidate]
     own = student.teacher.pipeline.scheduler.config.get("shift")
     shifts = dict.fromkeys([shift_of(student.sampler.times), 1.0, float(own) if isinstance(own, (int, float)) else 1.0])
     train = int(schedule.scale)
+    inverted = {"invert_sigmas": True} if schedule.inverted else {}
     for shift in shifts:
         def sigmas(times: Sequence[float], shift: float = shift) -> Options:
             return [{}, {"sigmas": [unshift(t, shift) for t in times]}]
 
         stochastic = {"stochastic_sampling": True} if gamma == 1 else {}
-        yield Candidate(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train, shift=shift, **stochastic), sigmas)
+        yield Candidate(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train, shift=shift, **stochastic, **inverted), sigmas)
         flow_map = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # not in older releases
         if gamma == 0 and flow_map is not None:
             yield Candidate(flow_map(num_train_timesteps=train, shift=shift), sigmas)

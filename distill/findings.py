@@ -109,7 +109,7 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
         two = None
     understood = understand(backbone, network, one, two, other, override)
     companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
-    schedule, kind = from_scheduler(one.scheduler)
+    schedule, kind = from_scheduler(steps[0].scheduler)
     understood = understand_answer(understood, backbone, network, one, schedule, kind, override)
     return Findings(network, backbone, understood, companions, schedule, kind, one, template, two is not None, off)
 

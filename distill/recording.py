@@ -50,6 +50,7 @@ class Step:
     model_output: Tensor
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
+    scheduler: Any = None  #: that made it
 
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
@@ -124,7 +125,7 @@ def record(
                 scaled = scale_original[type(self)](self, sample, given["timestep"])
             known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
-            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
+            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings, self)
             result = original(self, *args, **kwargs)
             wanted = override(done) if override is not None else None
             if wanted is not None:

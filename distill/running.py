@@ -48,6 +48,8 @@ class Runner:
         self.placeholder = placeholder[0] if isinstance(placeholder, (list, tuple)) else placeholder
         self.negative = self.call.pop("negative_prompt", "") if self.input_name == "prompt" else ""
         self.offs = self._offs(override)
+        #: the argument that sets the number of steps
+        self.steps_name = override.steps or "num_inference_steps"
         self._resting: list[nn.Module] = []
 
     def rest(self, modules: Sequence[nn.Module]) -> None:
@@ -97,8 +99,8 @@ class Runner:
             settings: of ``recording.record``.
         """
         arguments: dict[str, Any] = dict(self.call) | dict(guidance)
-        if "num_inference_steps" in self.parameters:
-            arguments["num_inference_steps"] = steps
+        if self.steps_name in self.parameters:
+            arguments[self.steps_name] = steps
         if "generator" in self.parameters and "generator" not in arguments:
             arguments["generator"] = generator or torch.Generator().manual_seed(0)
         if self.input_name is not None:

@@ -204,6 +204,19 @@ class Teacher:
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
 
+    @property
+    def steps_name(self) -> str:
+        """The argument of the pipeline's call that sets the number of steps."""
+        return self._runner.steps_name
+
+    @property
+    def scheduler_name(self) -> str:
+        """The component that samples: of the schedulers of a cascade, its last stage's."""
+        used, parts = self._found.recorded.steps_of(self._found.network)[0].scheduler, self.pipeline.components
+        same = [name for name, part in parts.items() if part is used]
+        alike = [name for name, part in parts.items() if type(part) is type(used) and part.config == used.config]  # the pipeline made a copy
+        return [*same, *alike, "scheduler"][0]
+
     def scheduler(self, steps: int) -> Any:
         """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
         recording = self._first_calls([self.placeholder()], self._found.off, steps=steps)

@@ -18,7 +18,7 @@ from distill.errors import UserError
 from distill.export import assembly, few_step, kohya, words
 from distill.export.assembly import carry_code
 from distill.export.calls import call_guidance, plain_call
-from distill.export.files import VARIANTS, check_shard_size, read_facts, to_variant, write_facts, writing
+from distill.export.files import VARIANTS, check_shard_size, read_facts, set_attributes, to_variant, write_facts, writing
 from distill.export.lora import export_lora
 from distill.export.proof import prove, reload
 from distill.export.schedulers import NoStockScheduler, choose
@@ -66,17 +66,19 @@ def export_diffusers(
         code = _save(pipeline, temporary, format)
         said: dict[str, Any] = {"form": "diffusers", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
+        said["attributes"] = {name: repr(value) for name, value in assembly.attributes(pipeline).items()}
         no_arguments = _needs_no_arguments(pipeline)
         if not no_arguments:
             said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, stock.plain), code)
         write_facts(temporary, student.sampler, **said)
-        arguments = {} if no_arguments else {"num_inference_steps": student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
+        arguments = {} if no_arguments else {student.teacher.steps_name: student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
         note = words.seed_note(stock.generator_used, student.sampler.gamma, student.sampler.steps)
         load = words.load_stock(folder, pipeline, code=code, dtype=format.variant, call=note + words.call_code(student, arguments))
         also = None if no_arguments else words.load_few_step(folder, pipeline, student, format.variant, named=False)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, also), encoding="utf-8")
-        changed = (student.teacher.backbone_name, "scheduler")
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name)
         loaded = reload(temporary, pipeline, student, changed=changed, code=code, few_step=False, variant=format.variant)
+        set_attributes(loaded, said)
         prove(student, loaded, "the exported pipeline", stock.plain, stock.calls, half=format.variant is not None)
 
 
@@ -94,7 +96,7 @@ def export_few_step(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
-        pipeline = assembly.assemble(student, assembly.merged(student), student.teacher.pipeline.scheduler)
+        pipeline = assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student))
         code = _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
@@ -103,7 +105,7 @@ def export_few_step(
         write_facts(temporary, student.sampler, **said)
         load = words.load_few_step(folder, pipeline, student, format.variant, named=True)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, None), encoding="utf-8")
-        changed = (student.teacher.backbone_name, "scheduler")
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name)
         loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
         every = range(1, len(student.sampler.times) + 1)
         prove(student, loaded, "the exported pipeline", plain, {n: {} for n in every}, half=format.variant is not None)
@@ -128,7 +130,9 @@ def load_export(folder: Path, **options: Any) -> Any:
     """
     facts = read_facts(folder) or {}
     variant = next((v for v in VARIANTS if any(folder.rglob(f"*.{v}*.safetensors"))), None)
-    return load_pipeline(folder, variant=variant, few_step=any((facts.get("calls") or {}).values()), **options)
+    pipeline = load_pipeline(folder, variant=variant, few_step=any((facts.get("calls") or {}).values()), **options)
+    set_attributes(pipeline, facts)
+    return pipeline
 
 
 def _save(pipeline: Any, folder: Path, format: Format) -> bool:

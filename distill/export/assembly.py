@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +30,14 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
         null = pipeline.config.get("null_class")
         made = shipped_pipeline("UNet2DPipeline")(backbone, scheduler, num_inference_steps=student.sampler.steps, guidance_scale=1.0, null_class=null)
     else:
-        made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, "scheduler": scheduler})
+        made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, student.teacher.scheduler_name: scheduler})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def own_scheduler(student: Student) -> Any:
+    """The teacher's own scheduler: in a cascade, that of the stage that is distilled."""
+    return student.teacher.pipeline.components[student.teacher.scheduler_name]
 
 
 def is_pixel_unet(pipeline: Any) -> bool:
@@ -48,7 +54,27 @@ def remake(cls: type[Any], pipeline: Any, parts: Mapping[str, Any]) -> Any:
     arguments = {k: v for k, v in parts.items() if k in parameters}
     arguments |= {k: pipeline.config[k] for k in parameters if k not in arguments and k in pipeline.config}
     with quiet():
-        return cls(**arguments)
+        made = cls(**arguments)
+    for name, value in attributes(pipeline).items():
+        setattr(made, name, value)
+    return made
+
+
+def attributes(pipeline: Any) -> dict[str, Any]:
+    """Plain values that somebody has set on a pipeline after its construction (``pipe.tokenizer_max_length = 77``): diffusers
+    saves none of them, so they travel with the export. What its own constructor sets again is left out."""
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    known = {**pipeline.config, **pipeline.components}
+    with quiet():
+        fresh = vars(type(pipeline)(**{k: known[k] for k in parameters if k in known}))
+    mine = {k: v for k, v in vars(pipeline).items() if not k.startswith("_") and k in fresh and _plain(v)}
+    return {k: v for k, v in mine.items() if type(v) is not type(fresh[k]) or v != fresh[k]}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def merged(student: Student) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.export import assembly
 from distill.export.assembly import edit_index
 from distill.export.calls import Plain, guidance_off
 from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, quiet
@@ -35,9 +36,9 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     (alphas, sigmas), (way_alphas, way_sigmas) = schedule.alpha_sigma(times), schedule.alpha_sigma(ways)
     if sampler.gamma == 1:  # clean data, also where the schedule ends a little above it
         way_alphas, way_sigmas = torch.ones_like(ways), torch.zeros_like(ways)
-    call = {"num_inference_steps": sampler.steps, **{k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}}
+    call = {student.teacher.steps_name: sampler.steps, **{k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}}
     fixed = [] if sampler.guidance_range else [name for name in guidance_off(student, student.teacher.pipeline) if name in call]
-    return {
+    settings: dict[str, Any] = {
         "scheduler": {
             "timesteps": _rounded(schedule.model_time(times)), "alphas": alphas.tolist(), "sigmas": sigmas.tolist(),
             "way_alphas": way_alphas.tolist(), "way_sigmas": way_sigmas.tolist(), "prediction_type": prediction_type,
@@ -46,6 +47,9 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
         "call": call,
         "fixed": fixed,
     }
+    component, attributes = student.teacher.scheduler_name, assembly.attributes(student.teacher.pipeline)
+    settings |= {"component": component} if component != "scheduler" else {}
+    return settings | ({"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {})
 
 
 def _rounded(times: Tensor) -> list[float]:

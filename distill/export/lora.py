@@ -48,7 +48,7 @@ def export_lora(
         form = "kohya" if names == "kohya" else "diffusers" if _loader(student.teacher.pipeline, backbone) else "peft"
         _write_weights(student, temporary, form, layers)
         stock = _stock(student)
-        pipeline = assembly.assemble(student, backbone, student.teacher.pipeline.scheduler if stock is None else stock.scheduler)
+        pipeline = assembly.assemble(student, backbone, assembly.own_scheduler(student) if stock is None else stock.scheduler)
         plain = plain_call(student, pipeline) if stock is None else stock.plain
         said: dict[str, Any] = {"form": "lora", "names": form, "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         code = assembly.own_code(pipeline)
@@ -178,8 +178,9 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
         lines.append(f'pipe.load_lora_weights("{path}")')
     arguments: dict[str, Any] = {}
     if stock is not None:
+        lines += words.attribute_lines(student.teacher.pipeline).splitlines()
         lines.append(f'pipe.scheduler = {type(stock.scheduler).__name__}.from_pretrained("{path}", subfolder="scheduler")')
-        arguments = {"num_inference_steps": sampler.steps, **stock.plain, **stock.calls[sampler.steps]}
+        arguments = {student.teacher.steps_name: sampler.steps, **stock.plain, **stock.calls[sampler.steps]}
         note = words.seed_note(stock.generator_used, sampler.gamma, sampler.steps)
         lines += [note.strip()] if note else []
     return "\n".join([*lines, words.call_code(student, arguments)]) + "\n"

@@ -58,12 +58,12 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
     limit = HALF_TOLERANCE if half or student.denoiser.dtype != torch.float32 else TOLERANCE
     attempts = [(n, call_arguments(student, pipeline, inputs, n, plain) | calls[n]) for n in range(1, len(student.sampler.times) + 1)]
     if hasattr(pipeline, "settings"):
-        bare = {k: v for k, v in attempts[steps_of_call - 1][1].items() if k not in ("num_inference_steps", *pipeline.settings["call"])}
+        bare = {k: v for k, v in attempts[steps_of_call - 1][1].items() if k not in (student.teacher.steps_name, *pipeline.settings["call"])}
         attempts.append((steps_of_call, bare))
     for steps, arguments in attempts:
         trace = Trace()
         try:
-            with seeded() as generator, watching(pipeline, steps, trace, made_up=False), quiet():
+            with seeded() as generator, watching(getattr(pipeline, student.teacher.scheduler_name), steps, trace, made_up=False), quiet():
                 images = as_images(pipeline(**arguments, generator=generator))
         except Exception as error:  # whatever a pipeline may raise
             raise UserError(f"{what} cannot be called: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}: not written") from error

@@ -76,7 +76,7 @@ class Rehearsal:
         trace, student = Trace(), self.student
         backbone = getattr(pipeline, student.teacher.backbone_name)
         arguments = call_arguments(student, pipeline, probe_inputs(student), steps, plain) | extra
-        with seeded() as generator, self._remembering(backbone), watching(pipeline, steps, trace, made_up=True):
+        with seeded() as generator, self._remembering(backbone), watching(getattr(pipeline, student.teacher.scheduler_name), steps, trace, made_up=True):
             try:
                 with quiet():  # schedulers warn of timesteps that they did not choose themselves
                     pipeline(**arguments, generator=generator)
@@ -141,13 +141,12 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def watching(pipeline: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
-    """Note what the pipeline's scheduler does.
+def watching(scheduler: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
+    """Note what a pipeline's scheduler does.
 
     Args:
         made_up: replace the model outputs by made-up ones, and stop the pipeline after so many steps.
     """
-    scheduler = pipeline.scheduler
     original = scheduler.step
     names = list(inspect.signature(original).parameters)
 

@@ -137,7 +137,7 @@ class Teacher:
         """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
 
         The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
-        the negative prompt (by default that of ``call``, or empty) or the null class.
+        the negative prompt (by default that of ``call``, or what the pipeline does without one) or the null class.
         """
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
         if self._remembered is not None and len(entries) <= REMEMBERED:
@@ -173,7 +173,7 @@ class Teacher:
         return Condition(self._values(recording, found.understood.copies, len(entries))[found.understood.kept])
 
     def _first_calls(
-        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
+        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str | None] | None = None, steps: int = PROBE_STEPS,
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
         found = self._found
@@ -216,6 +216,14 @@ class Teacher:
         same = [name for name, part in parts.items() if part is used]
         alike = [name for name, part in parts.items() if type(part) is type(used) and part.config == used.config]  # the pipeline made a copy
         return [*same, *alike, "scheduler"][0]
+
+    @cached_property
+    def spare_timesteps(self) -> int:
+        """How many of its scheduler's timesteps the pipeline leaves out at the end (Würstchen's: its scheduler lists one more)."""
+        found = self._found
+        made = self._runner.run([self.placeholder()], found.off, answers=found.answers, lenient=True).steps_of(found.network)
+        visited, listed = [float(s.timestep.reshape(-1)[0]) for s in made], [float(t) for t in made[-1].scheduler.timesteps]
+        return len(listed) - len(visited) if visited == listed[: len(visited)] else 0
 
     def scheduler(self, steps: int) -> Any:
         """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""

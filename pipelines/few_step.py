@@ -12,9 +12,10 @@ import functools
 import inspect
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin
 
-# Written by the export: the class that this one extends, and the student's settings.
+# Written by the export: the classes that these extend, and the student's settings.
+from diffusers import SchedulerMixin as StockScheduler
 from diffusers import StableDiffusionPipeline as Stock
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -27,7 +28,7 @@ SETTINGS = {}
 logger = logging.get_logger("few_step")
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(StockScheduler, ConfigMixin):
     """Sample at a fixed ladder of times, or at some of them, evenly chosen from the top:
 
         x0, eps = what the network says at the time t;   x_s = alpha_s x0 + sigma_s eps;   x_u = x_s with fresh noise up to u
@@ -42,6 +43,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             alpha = 1 − sigma).
         init_noise_sigma: standard deviation of the first state.
         data_scale: what the last x0 is multiplied by.
+        spare_timesteps: how many of its scheduler's timesteps the pipeline leaves out at the end.
     """
 
     order = 1
@@ -58,6 +60,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         init_noise_sigma=1.0,
         data_scale=1.0,
         num_train_timesteps=1000,
+        spare_timesteps=0,
     ):
         self.init_noise_sigma = init_noise_sigma
         self.generator = None  # the fresh noise's, for pipelines that hand none to `step`
@@ -72,7 +75,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = given
         self._chosen = [i * len(ladder) // given for i in range(given)]
         whole = self.config.prediction_type != "flow_prediction" and all(float(t).is_integer() for t in ladder)
-        times = torch.tensor([ladder[i] for i in self._chosen], dtype=torch.float64)
+        times = torch.tensor([*(ladder[i] for i in self._chosen), *[0.0] * self.config.spare_timesteps], dtype=torch.float64)
         self.timesteps = times.to(device, torch.int64 if whole else torch.float32)
         self.sigmas = torch.tensor([*(self.config.sigmas[i] for i in self._chosen), 0.0])
         self._step_index = self._begin_index = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
         "call": call,
         "fixed": fixed,
     }
+    spare = student.teacher.spare_timesteps
+    settings["scheduler"] |= {"spare_timesteps": spare} if spare else {}
     component, attributes = student.teacher.scheduler_name, assembly.attributes(student.teacher.pipeline)
     settings |= {"component": component} if component != "scheduler" else {}
     return settings | ({"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {})
@@ -57,16 +59,41 @@ def _rounded(times: Tensor) -> list[float]:
     return [float(f"{float(t):.9g}") for t in times]
 
 
-def write(folder: Path, stock: type, settings: Mapping[str, Any], carried: bool) -> dict[str, Any]:
+def write(folder: Path, stock: type, settings: Mapping[str, Any], scheduler: str | None = None) -> dict[str, Any]:
     """Write the file; answers what ``distill.json`` has to say of it.
 
     Args:
-        carried: whether the stock class is defined in a file of the folder, not by diffusers.
+        stock: the pipeline's class; if no library has it, its file is to lie in the folder.
+        scheduler: the class of diffusers that the scheduler of the file is to be one of.
     """
     stem = SHIPPED_PIPELINES.get(stock.__name__) or stock.__module__.rpartition(".")[2]
-    said = {"class": stock.__name__, "module": f".{stem}" if carried else "diffusers", "settings": dict(settings)}
+    said = {"class": stock.__name__, "module": f".{stem}" if assembly.foreign(stock) else "diffusers", "settings": dict(settings)}
+    said |= {"scheduler": scheduler} if scheduler else {}
     (folder / FEW_STEP_FILE).write_text(few_step_source(said), encoding="utf-8")
     return said
+
+
+def write_proven(student: Student, folder: Path, stock: type, settings: Mapping[str, Any], check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Write the file such that ``check`` is content. Some pipelines ask of what class their scheduler is, and sample otherwise
+    with any other: for them the file's is one of the teacher's scheduler's class.
+
+    Args:
+        check: called with what ``write`` answers; raises a UserError if the file does not do.
+
+    Raises:
+        UserError: what ``check`` said first.
+    """
+    own = type(assembly.own_scheduler(student))
+    problem: UserError | None = None
+    for scheduler in (None, own.__name__) if not assembly.foreign(own) else (None,):
+        said = write(folder, stock, settings, scheduler)
+        try:
+            check(said)
+            return said
+        except UserError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def name_class(folder: Path) -> None:

@@ -56,9 +56,8 @@ def export_lora(
             stock.scheduler.save_pretrained(temporary / "scheduler")
             said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
         if stock is None or not code:
-            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
-            if code:
-                assembly.carry_pipeline(temporary, pipeline)
+            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain))
+            assembly.carry_pipeline(temporary, pipeline)
         write_facts(temporary, student.sampler, **said)
         load = _load_code(student, folder, teacher_name, form, stock, code)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics), encoding="utf-8")

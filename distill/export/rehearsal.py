@@ -123,18 +123,19 @@ def compare(ours: MadeUp, final: Tensor, theirs: Trace) -> str | None:
         if abs(time_a - time_b) > 1e-5 * max(1.0, abs(time_a)):
             return f"step {k + 1} is at timestep {time_b:g}, not {time_a:g}"
         if not _close(a, b):
-            return f"the state at step {k + 1} differs by {_distance(a, b):.1e}"
+            return f"the state at step {k + 1} differs by {distance(a, b):.1e}"
     if theirs.final is None or theirs.final.shape != final.shape:
         return "it ends otherwise"
-    return None if _close(final, theirs.final) else f"the last step differs by {_distance(final, theirs.final):.1e}"
+    return None if _close(final, theirs.final) else f"the last step differs by {distance(final, theirs.final):.1e}"
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value (but at least 1)."""
     return float((a.double() - b.double()).abs().max()) / max(1.0, float(a.double().abs().max()))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return _distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
+    return distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
 
 
 # -- watching -----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class Runner:
         return [dict.fromkeys(names, 1.0) | others] + ([dict.fromkeys(names, 0.0) | others] if names else [])
 
     def run(
-        self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str | None] | None = None,
+        self, inputs: Sequence[Any], guidance: Mapping[str, Any], *, steps: int = PROBE_STEPS, negative: Sequence[str | None] | None = None,
         generator: torch.Generator | None = None, lenient: bool = False, **settings: Any,
     ) -> Recording:
         """Run the pipeline and record it; equal calls draw equal noise.
@@ -118,7 +118,7 @@ class Runner:
         with torch.no_grad(), self.awake(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
-                self.pipeline(**arguments)
+                recording.result = self.pipeline(**arguments)
             except Stop:
                 pass
             except Exception:

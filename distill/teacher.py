@@ -280,11 +280,12 @@ class Teacher:
             return None
         found = self._found
 
-        def run(x0: Tensor) -> None:
+        def run(x0: Tensor) -> Any:
             def final(step: Step) -> Tensor | None:
                 return found.rows(x0) if step.calls_of(found.network) else None
 
-            self._runner.run([self.placeholder()], found.off, answers=found.answers, override=final)
+            arrays = {"output_type": "np"} if "output_type" in self._runner.parameters else {}
+            return self._runner.run([self.placeholder()], {**found.off, **arrays}, answers=found.answers, override=final).result
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 

@@ -9,7 +9,6 @@ Everything is written into a folder beside the target and renamed at the end: a 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,6 @@ __all__ = [
     "FACTS", "Format", "NoStockScheduler", "call_guidance", "carry_code", "check_forms", "export_diffusers", "export_few_step", "export_lora",
     "load_export", "read_facts",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -130,10 +127,10 @@ def _add_few_step(student: Student, folder: Path, stock: Any, plain: Plain, said
 
     try:
         said["few_step"] = few_step.write_proven(student, folder, type(stock), few_step.settings_of(student, plain), check)
-        write_facts(folder, student.sampler, **said)
     except UserError as error:
-        logger.info("no pipeline file is laid beside the export: %s", error)
+        said["no_few_step"] = str(error)
         (folder / FEW_STEP_FILE).unlink(missing_ok=True)
+    write_facts(folder, student.sampler, **said)
 
 
 def check_forms(student: Student, forms: Sequence[str]) -> None:

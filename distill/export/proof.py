@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.export.calls import Plain, call_arguments, call_guidance, probe_inputs
 from distill.export.rehearsal import Trace, distance, resumed, seeded, watching
+from distill.latents import as_images
 from distill.loading import FEW_STEP_FILE, quiet, read_model_index
 from distill.student import Student
 
@@ -109,12 +109,3 @@ def _of_images(student: Student, images: Tensor, x0: Tensor) -> float | None:
 def absent(pipeline: Any) -> list[str]:
     """Components that the pipeline has none of, and that diffusers wants to be told so (``text_encoder_3=None``)."""
     return [name for name, part in pipeline.components.items() if part is None and name not in type(pipeline)._optional_components]
-
-
-def as_images(output: Any) -> Tensor | None:
-    """A pipeline's "np" output as (batch, channels, height, width) in [0, 1], videos with their frames in the batch; None
-    where it is something else."""
-    value = output[0] if isinstance(output, tuple) else next((getattr(output, n) for n in ("images", "frames") if hasattr(output, n)), None)
-    if not isinstance(value, (np.ndarray, Tensor)) or value.ndim < 4:
-        return None
-    return torch.as_tensor(value).float().flatten(0, -4).movedim(-1, -3)

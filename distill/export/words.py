@@ -46,7 +46,8 @@ def load_stock(folder: Path, pipeline: Any, *, code: bool, dtype: str | None, ca
     extra += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     extra += ", trust_remote_code=True)  # runs the pipeline's file, which lies in the folder" if code else ")"
     start = "import torch\n" if dtype else ""
-    return f'{start}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}\n{attribute_lines(pipeline)}{call}\n'
+    load = f'pipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}'
+    return f"{start}from diffusers import DiffusionPipeline\n\n{load}\n{attribute_lines(pipeline)}{call}\n"
 
 
 def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | None, named: bool) -> str:

@@ -28,10 +28,11 @@ class Override:
 
 
 _CACHED = "the first step fills a cache of the text's keys and values, which the others read: every call computes them here"
+_ENLARGED = "its last stage is a super-resolution with two networks: what is distilled is the decoder"
 OVERRIDES: dict[str, Override] = {
     "QwenImage21Pipeline": Override(constants={"kv_cache": None, "kv_cache_mode": None}, why=_CACHED),
-    "UnCLIPPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why="its last stage is a super-resolution with two networks: what is distilled is the decoder"),
-    "UnCLIPImageVariationPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why="as for UnCLIPPipeline"),
+    "UnCLIPPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why=_ENLARGED),
+    "UnCLIPImageVariationPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why=_ENLARGED),
 }
 
 

@@ -69,13 +69,14 @@ def attributes(pipeline: Any) -> dict[str, Any]:
     known = {**pipeline.config, **pipeline.components}
     with quiet():
         fresh = vars(type(pipeline)(**{k: known[k] for k in parameters if k in known}))
-    mine = {k: v for k, v in vars(pipeline).items() if not k.startswith("_") and k in fresh and _plain(v)}
+    mine = {k: v for k, v in vars(pipeline).items() if not k.startswith("_") and k in fresh and is_plain(v)}
     return {k: v for k, v in mine.items() if type(v) is not type(fresh[k]) or v != fresh[k]}
 
 
-def _plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value can be written down as it is: None, a number, text, or lists of these."""
     if isinstance(value, (list, tuple)):
-        return all(_plain(v) for v in value)
+        return all(is_plain(v) for v in value)
     return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     (alphas, sigmas), (way_alphas, way_sigmas) = schedule.alpha_sigma(times), schedule.alpha_sigma(ways)
     if sampler.gamma == 1:  # clean data, also where the schedule ends a little above it
         way_alphas, way_sigmas = torch.ones_like(ways), torch.zeros_like(ways)
-    call = {student.teacher.steps_name: sampler.steps, **{k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str))}}
+    call = {student.teacher.steps_name: sampler.steps, **{k: v for k, v in plain.items() if assembly.is_plain(v)}}
     fixed = [] if sampler.guidance_range else [name for name in guidance_off(student, student.teacher.pipeline) if name in call]
     settings: dict[str, Any] = {
         "scheduler": {
@@ -51,7 +52,8 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     settings["scheduler"] |= {"spare_timesteps": spare} if spare else {}
     component, attributes = student.teacher.scheduler_name, assembly.attributes(student.teacher.pipeline)
     settings |= {"component": component} if component != "scheduler" else {}
-    return settings | ({"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {})
+    settings |= {"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {}
+    return dict(json.loads(json.dumps(settings)))  # as distill.json will have it: tuples are lists
 
 
 def _rounded(times: Tensor) -> list[float]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.export.assembly import attributes
+from distill.export.assembly import attributes, is_plain
+from distill.export.calls import fixed_arguments
 from distill.export.proof import absent
 from distill.student import Student
 
@@ -59,10 +60,11 @@ def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | No
     variant = "".join(f", {name}=None" for name in absent(pipeline))
     variant += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     path = folder.as_posix()
+    rest = {k: v for k, v in fixed_arguments(student).items() if not is_plain(v)}  # images and the like, which no file holds
     custom = "" if named else ', custom_pipeline="pipeline"'
     return (
         ("import torch\n" if dtype else "") + "from diffusers import DiffusionPipeline\n\n# pipeline.py lies in the folder and is run: read it first\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, rest)}\n'
     )
 
 

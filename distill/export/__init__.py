@@ -97,7 +97,7 @@ def export_few_step(
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
         pipeline = assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student))
-        code = _save(pipeline, temporary, format)
+        _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         few_step.name_class(temporary)

@@ -19,6 +19,7 @@ from distill.export.schedulers import NoStockScheduler, Stock, choose
 from distill.loading import FEW_STEP_FILE, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
+from distill.running import is_cascade
 from distill.student import Student
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -167,7 +168,10 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
     if form == "peft":
         lines[1:1] = ["from peft import PeftModel"]
     none = "".join(f", {name}=None" for name in absent(student.teacher.pipeline))
-    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{few}{trust}')
+    scheduler = "" if stock is None else f'{type(stock.scheduler).__name__}.from_pretrained("{path}", subfolder="scheduler")'
+    stages = is_cascade(student.teacher.pipeline)  # pipelines of their own, made of these parts
+    given = f", {student.teacher.scheduler_name}={scheduler}" if scheduler and stages else ""
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{given}{few}{trust}')
     if stock is None and code:  # a teacher with a class of its own: diffusers loads no other on top of it
         lines[1:1] = ["from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module"]
         lines.append(f'pipe = get_class_from_dynamic_module("{path}", module_file="{FEW_STEP_FILE}", trust_remote_code=True).on(pipe)')
@@ -178,7 +182,7 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
     arguments: dict[str, Any] = {}
     if stock is not None:
         lines += words.attribute_lines(student.teacher.pipeline).splitlines()
-        lines.append(f'pipe.scheduler = {type(stock.scheduler).__name__}.from_pretrained("{path}", subfolder="scheduler")')
+        lines += [] if stages else [f"pipe.{student.teacher.scheduler_name} = {scheduler}"]
         arguments = {student.teacher.steps_name: sampler.steps, **stock.plain, **stock.calls[sampler.steps]}
         note = words.seed_note(stock.generator_used, sampler.gamma, sampler.steps)
         lines += [note.strip()] if note else []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -194,12 +196,17 @@ def _find_companions(
 
 
 def _with_guidance(found: Findings, runner: Runner) -> Findings:
-    """With how guidance is arranged, and the argument that takes the scale itself where the backbone has one."""
+    """With how guidance is arranged, and the argument that takes the scale itself where the backbone has one. Some pipelines
+    are guided only if they are given a negative prompt: then it is the empty one."""
     guidance = None
-    for name, off in found.off.items():
+    empty = [""] if runner.negative is None and "negative_prompt" in runner.parameters else []
+    for (name, off), negative in itertools.product(found.off.items(), [runner.negative, *empty]):
         if name in OTHER_GUIDANCE or guidance is not None:
             continue
-        recording = runner.run([runner.placeholder], found.off | {name: PROBE_GUIDANCE}, stop=after_steps(1, found.network), negative=[runner.negative])
+        run = functools.partial(_tolerant, runner) if empty and negative is None else runner.run
+        recording = run([runner.placeholder], found.off | {name: PROBE_GUIDANCE}, stop=after_steps(1, found.network), negative=[negative])
+        if recording is None:  # it refuses to be guided without one
+            continue
         step = recording.steps_of(found.network)[0]
         calls = step.calls_of(found.network)
         answers = [answer for c in calls for answer in _answers(found, c)]
@@ -211,6 +218,7 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
             if rule is not None:
                 guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
+                runner.negative = negative
                 found = _with_call(_with_null_conditions(found, calls), conditional=rule[1] if len(calls) == 1 else 1)
     return replace(found, guidance=guidance)
 

@@ -217,31 +217,25 @@ def _state(
 ) -> tuple[str, Arrangement, int]:
     """(path, arrangement, copies): the argument in which the scheduler's sample is found again."""
     for path in candidates:
-        for copies in (*_repeats(flats[0][path], layouts.get(path)), 1, 2, 3):
-            found = _find_state(path, copies, flats, steps, layouts)
-            if found is not None:
-                return path, found, copies
+        rows = layouts.get(path, Layout()).rows
+        for copies in [n for n in (3, 2) if rows % n == 0] + [1]:  # a batch that is doubled is not one sample and something else
+            found = [_find_state(path, copies, i, flats, steps, layouts) for i in range(copies)]
+            if found[0] is not None and None not in found:
+                return path, found[0], copies
     raise NotUnderstood(
         f"the scheduler's sample was found in no argument of {type(backbone).__name__} (changing from step to step: {', '.join(changed) or 'none'})", "state",
     )
 
 
-def _repeats(value: Any, layout: Layout | None) -> list[int]:
-    """Into how many equal copies an argument for one sample falls, where it does: else a second one would pass for something
-    beside the sample."""
-    if layout is None or layout.kind != "stacked" or not isinstance(value, Tensor):
-        return []
-    parts = {c: value.chunk(c, layout.axis) for c in (2, 3) if layout.rows % c == 0}
-    return [c for c, chunks in parts.items() if all(torch.equal(chunks[0], other) for other in chunks[1:])]
-
-
-def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout]) -> Arrangement | None:
+def _find_state(
+    path: str, copies: int, which: int, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout],
+) -> Arrangement | None:
     layout = layouts.get(path, Layout())
     arrangement = None
     for flat, step in zip(flats, steps, strict=True):
         scaled = one_sample(step.scaled)
         try:
-            single = copies_of({path: flat[path]}, {path: layout}, copies)[0][path]
+            single = copies_of({path: flat[path]}, {path: layout}, copies)[which][path]
             entries = _per_copy(layout, copies).split(single, 1)
             target = torch.stack(entries) if isinstance(entries, list) else entries
         except (RuntimeError, TypeError, AttributeError, IndexError):
@@ -308,7 +302,9 @@ def _rounded(x: float) -> float:
 def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Tensor]], tolerance: float = 0.0) -> Understanding | None:
     """Where the targets lie in the backbone's answers, and with which sign; None if they do not."""
     answers = [per_copy_answer(step.calls_of(network)[-1].output, 1, found.copies) for step, _ in targets]
-    for kept in range(found.copies):
+    if found.copies == 2:  # guidance of one, which pipelines compute all the same: u + 1 · (c − u) is c but for rounding
+        answers = [[*parts, parts[1] + (parts[0] - parts[1]), parts[0] + (parts[1] - parts[0])] for parts in answers]
+    for kept in range(len(answers[0])):
         for sign in (1.0, -1.0):
             arrangement: Arrangement | None = None
             for parts, (_, target) in zip(answers, targets, strict=True):
@@ -326,7 +322,7 @@ def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Te
                     break
             if arrangement is not None:
                 plain = isinstance(arrangement, View) and arrangement.shape == tuple(answer.shape[1:])
-                return replace(found, kept=kept, call=replace(found.call, leave=None if plain else arrangement, sign=sign))
+                return replace(found, kept=kept % found.copies, call=replace(found.call, leave=None if plain else arrangement, sign=sign))
     return None
 
 

@@ -51,6 +51,7 @@ class Step:
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
     sigma: float | None = None  #: the scheduler's own noise level there, where it has a table of them
+    scheduler: Any = None  #: that made it
 
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
@@ -126,7 +127,7 @@ def record(
             known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
             timestep, sigma = torch.as_tensor(given["timestep"]).clone(), sigma_at(self, given["timestep"])
-            done = Step(recording.calls, timestep, sample, scaled, output, sample, settings, sigma)
+            done = Step(recording.calls, timestep, sample, scaled, output, sample, settings, sigma, self)
             result = original(self, *args, **kwargs)
             wanted = override(done) if override is not None else None
             if wanted is not None:

@@ -46,8 +46,11 @@ class Runner:
         placeholder = self.call.pop(self.input_name, PLACEHOLDER[self.input_name]) if self.input_name else None
         #: some valid input
         self.placeholder = placeholder[0] if isinstance(placeholder, (list, tuple)) else placeholder
-        self.negative = self.call.pop("negative_prompt", "") if self.input_name == "prompt" else ""
+        #: the negative prompt; None where the pipeline is told none (not always the same: SDXL's own default are zeros)
+        self.negative = self.call.pop("negative_prompt", None) if self.input_name == "prompt" else None
         self.offs = self._offs(override)
+        #: the argument that sets the number of steps
+        self.steps_name = override.steps or "num_inference_steps"
         self._resting: list[nn.Module] = []
 
     def rest(self, modules: Sequence[nn.Module]) -> None:
@@ -87,7 +90,7 @@ class Runner:
         return [dict.fromkeys(names, 1.0) | others] + ([dict.fromkeys(names, 0.0) | others] if names else [])
 
     def run(
-        self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str] | None = None,
+        self, inputs: Sequence[Any], guidance: Mapping[str, Any], *, steps: int = PROBE_STEPS, negative: Sequence[str | None] | None = None,
         generator: torch.Generator | None = None, lenient: bool = False, **settings: Any,
     ) -> Recording:
         """Run the pipeline and record it; equal calls draw equal noise.
@@ -97,8 +100,8 @@ class Runner:
             settings: of ``recording.record``.
         """
         arguments: dict[str, Any] = dict(self.call) | dict(guidance)
-        if "num_inference_steps" in self.parameters:
-            arguments["num_inference_steps"] = steps
+        if self.steps_name in self.parameters:
+            arguments[self.steps_name] = steps
         if "generator" in self.parameters and "generator" not in arguments:
             arguments["generator"] = generator or torch.Generator().manual_seed(0)
         if self.input_name is not None:
@@ -110,12 +113,12 @@ class Runner:
             if count is None:
                 raise CannotBatch
             arguments[count] = len(inputs)
-        if negative is not None and "negative_prompt" in self.parameters and self.input_name == "prompt":
+        if negative is not None and None not in negative and "negative_prompt" in self.parameters and self.input_name == "prompt":
             arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
         with torch.no_grad(), self.awake(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
-                self.pipeline(**arguments)
+                recording.result = self.pipeline(**arguments)
             except Stop:
                 pass
             except Exception:

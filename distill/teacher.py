@@ -144,7 +144,7 @@ class Teacher:
         """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
 
         The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
-        the negative prompt (by default that of ``call``, or empty) or the null class.
+        the negative prompt (by default that of ``call``, or what the pipeline does without one) or the null class.
         """
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
         if self._remembered is not None and len(entries) <= REMEMBERED:
@@ -180,7 +180,7 @@ class Teacher:
         return Condition(self._values(recording, found.understood.copies, len(entries))[found.understood.kept])
 
     def _first_calls(
-        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
+        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str | None] | None = None, steps: int = PROBE_STEPS,
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
         found = self._found
@@ -210,6 +210,27 @@ class Teacher:
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
+
+    @property
+    def steps_name(self) -> str:
+        """The argument of the pipeline's call that sets the number of steps."""
+        return self._runner.steps_name
+
+    @property
+    def scheduler_name(self) -> str:
+        """The component that samples: of the schedulers of a cascade, its last stage's."""
+        used, parts = self._found.recorded.steps_of(self._found.network)[0].scheduler, self.pipeline.components
+        same = [name for name, part in parts.items() if part is used]
+        alike = [name for name, part in parts.items() if type(part) is type(used) and part.config == used.config]  # the pipeline made a copy
+        return [*same, *alike, "scheduler"][0]
+
+    @cached_property
+    def spare_timesteps(self) -> int:
+        """How many of its scheduler's timesteps the pipeline leaves out at the end (Würstchen's: its scheduler lists one more)."""
+        found = self._found
+        made = self._runner.run([self.placeholder()], found.off, answers=found.answers, lenient=True).steps_of(found.network)
+        visited, listed = [float(s.timestep.reshape(-1)[0]) for s in made], [float(t) for t in made[-1].scheduler.timesteps]
+        return len(listed) - len(visited) if visited == listed[: len(visited)] else 0
 
     def scheduler(self, steps: int) -> Any:
         """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
@@ -263,11 +284,12 @@ class Teacher:
             return None
         found = self._found
 
-        def run(x0: Tensor) -> None:
+        def run(x0: Tensor) -> Any:
             def final(step: Step) -> Tensor | None:
                 return found.rows(x0) if step.calls_of(found.network) else None
 
-            self._runner.run([self.placeholder()], found.off, answers=found.answers, override=final)
+            arrays = {"output_type": "np"} if "output_type" in self._runner.parameters else {}
+            return self._runner.run([self.placeholder()], {**found.off, **arrays}, answers=found.answers, override=final).result
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 

@@ -7,13 +7,15 @@ The times that the student was trained for, its number of steps and its guidance
 stock scheduler has to know them. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
 """
 
+import ast
 import functools
 import inspect
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin
 
-# Written by the export: the class that this one extends, and the student's settings.
+# Written by the export: the classes that these extend, and the student's settings.
+from diffusers import SchedulerMixin as StockScheduler
 from diffusers import StableDiffusionPipeline as Stock
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -26,7 +28,7 @@ SETTINGS = {}
 logger = logging.get_logger("few_step")
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(StockScheduler, ConfigMixin):
     """Sample at a fixed ladder of times, or at some of them, evenly chosen from the top:
 
         x0, eps = what the network says at the time t;   x_s = alpha_s x0 + sigma_s eps;   x_u = x_s with fresh noise up to u
@@ -153,12 +155,23 @@ class FewStepPipeline(Stock):
 
     @functools.wraps(Stock.__init__)
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not hasattr(self.scheduler, "generator") and "scheduler" in self.settings:
-            scheduler = FewStepScheduler(**self.settings["scheduler"])
-            others = {k: v for k, v in self.scheduler.config.items() if k not in scheduler.config and not k.startswith("_")}
-            scheduler.register_to_config(**others)  # pipelines read what they need of it
-            self.register_modules(scheduler=scheduler)
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        name = self.settings.get("component", "scheduler")
+        # Before anything else: the stages of a cascade are pipelines of their own, made of these parts.
+        given.arguments[name] = self.few_step_scheduler(given.arguments[name])
+        super().__init__(*given.args, **given.kwargs)
+        self.register_modules(**{name: self.few_step_scheduler(getattr(self, name))})  # some classes make one of their own
+        for attribute, value in self.settings.get("attributes", {}).items():
+            setattr(self, attribute, ast.literal_eval(value))
+
+    def few_step_scheduler(self, stock):
+        """The student's scheduler in place of a stock one."""
+        if hasattr(stock, "generator") or "scheduler" not in self.settings:
+            return stock
+        scheduler = FewStepScheduler(**self.settings["scheduler"])
+        others = {k: v for k, v in stock.config.items() if k not in scheduler.config and not k.startswith("_")}
+        scheduler.register_to_config(**others)  # pipelines read what they need of it
+        return scheduler
 
     @classmethod
     def on(cls, pipe):
@@ -181,7 +194,7 @@ class FewStepPipeline(Stock):
         for name, value in settings.get("call", {}).items():
             if given.arguments.get(name) is None:
                 given.arguments[name] = value
-        self.scheduler.generator = given.arguments.get("generator")
+        getattr(self, settings.get("component", "scheduler")).generator = given.arguments.get("generator")
         ordered = inspect.BoundArguments(signature, {n: given.arguments[n] for n in signature.parameters if n in given.arguments})
         return stock(*ordered.args, **ordered.kwargs)
 

@@ -76,7 +76,7 @@ class Rehearsal:
         trace, student = Trace(), self.student
         backbone = getattr(pipeline, student.teacher.backbone_name)
         arguments = call_arguments(student, pipeline, probe_inputs(student), steps, plain) | extra
-        with seeded() as generator, self._remembering(backbone), watching(pipeline, steps, trace, made_up=True):
+        with seeded() as generator, self._remembering(backbone), watching(getattr(pipeline, student.teacher.scheduler_name), steps, trace, made_up=True):
             try:
                 with quiet():  # schedulers warn of timesteps that they did not choose themselves
                     pipeline(**arguments, generator=generator)
@@ -129,31 +129,31 @@ def compare(ours: MadeUp, final: Tensor, theirs: Trace) -> str | None:
         if abs(time_a - time_b) > 1e-5 * max(1.0, abs(time_a)):
             return f"step {k + 1} is at timestep {time_b:g}, not {time_a:g}"
         if not _close(a, b):
-            return f"the state at step {k + 1} differs by {_distance(a, b):.1e}"
+            return f"the state at step {k + 1} differs by {distance(a, b):.1e}"
     if theirs.final is None or theirs.final.shape != final.shape:
         return "it ends otherwise"
-    return None if _close(final, theirs.final) else f"the last step differs by {_distance(final, theirs.final):.1e}"
+    return None if _close(final, theirs.final) else f"the last step differs by {distance(final, theirs.final):.1e}"
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value (but at least 1)."""
     return float((a.double() - b.double()).abs().max()) / max(1.0, float(a.double().abs().max()))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return _distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
+    return distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
 
 
 # -- watching -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def watching(pipeline: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
-    """Note what the pipeline's scheduler does.
+def watching(scheduler: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
+    """Note what a pipeline's scheduler does.
 
     Args:
         made_up: replace the model outputs by made-up ones, and stop the pipeline after so many steps.
     """
-    scheduler = pipeline.scheduler
     original = scheduler.step
     names = list(inspect.signature(original).parameters)
 

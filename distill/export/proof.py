@@ -73,7 +73,7 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
         if trace.noise is None:
             raise UserError(f"{what} never used its scheduler: not written")
         with resumed(trace) as fresh:
-            noise = unit_noise(student.teacher.walk, pipeline.scheduler, trace.noise)
+            noise = unit_noise(student.teacher.walk, getattr(pipeline, student.teacher.scheduler_name), trace.noise)
             noise = noise.reshape(-1, *student.teacher.sample_shape)  # some schedulers have a row per frame
             x0 = student.sample_from(condition, noise, steps, fresh, call_guidance(student.sampler))
         difference = _difference(student, images, x0, trace)

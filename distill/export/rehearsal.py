@@ -88,7 +88,7 @@ class Rehearsal:
             return trace.error or f"the scheduler makes {len(trace.answers)} steps, not {steps}", trace
         ours = MadeUp(student.teacher.walk, trace.answers)
         with resumed(trace) as fresh:
-            noise = unit_noise(ours.walk, pipeline.scheduler, trace.noise)
+            noise = unit_noise(ours.walk, getattr(pipeline, student.teacher.scheduler_name), trace.noise)
             final = renoise_sample(ours, student.sampler.ladder(steps), noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
         return compare(ours, final, trace), trace
 

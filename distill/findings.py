@@ -14,7 +14,7 @@ from distill.denoiser import Companion
 from distill.guidance import find_rule
 from distill.overrides import Override
 from distill.probing import NotUnderstood, Understanding, feeding, per_copy_answer, understand, understand_answer
-from distill.recording import NetworkCall, Recording, networks
+from distill.recording import NetworkCall, Recording, Step, networks
 from distill.running import OTHER_GUIDANCE, Runner, after_steps, before_calls, is_cascade, repeated
 from distill.schedule import Kind, NoiseSchedule, from_scheduler
 
@@ -98,6 +98,7 @@ def probe(runner: Runner, override: Override) -> Findings:
 def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Findings:
     network, one = _first_run(runner, override, off)
     backbone, steps = networks(runner.pipeline)[network], one.steps_of(network)
+    _check_steps(steps)
     others = {c.network for s in one.steps for c in s.calls[-1:]} - {network}
     if len(steps) < 2:
         raise NotUnderstood(f"it denoises with {', '.join(sorted(others | {network}))} in turn" if others else f"it made {len(steps)} steps only", "network")
@@ -112,6 +113,20 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     schedule, kind = from_scheduler(one.scheduler)
     understood = understand_answer(understood, backbone, network, one, schedule, kind, override)
     return Findings(network, backbone, understood, companions, schedule, kind, one, template, two is not None, off)
+
+
+def _check_steps(steps: Sequence[Step]) -> None:
+    """Whether these are steps of a noisy sample, one at a time.
+
+    Raises:
+        ValueError, NotUnderstood: if they are not.
+    """
+    for step in steps:
+        if not step.sample.is_floating_point():
+            raise ValueError("its state is a grid of tokens (integers), not a noisy sample; discrete diffusion cannot be a teacher here")
+        if len(step.timestep.unique()) > 1:
+            told = ", ".join(f"{float(t):g}" for t in step.timestep.unique(sorted=True))
+            raise NotUnderstood(f"its scheduler makes several steps at once (timesteps {told}): give its call the argument for one at a time", "call")
 
 
 def _first_run(runner: Runner, override: Override, off: dict[str, float]) -> tuple[str, Recording]:

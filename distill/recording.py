@@ -1,8 +1,8 @@
 """What a pipeline does while it runs: every call of its networks and every step of its scheduler, in order.
 
 Nothing of the pipeline is replaced but, for the time of a recording, ``forward`` of its networks (to note arguments, or to
-answer without computing) and ``step``, ``scale_model_input`` and ``set_timesteps`` of its schedulers' classes: pipelines
-copy their schedulers, and look at the signatures of those functions, which therefore stay as they are.
+answer without computing) and the stepping methods, ``scale_model_input`` and ``set_timesteps`` of its schedulers' classes:
+pipelines copy their schedulers, and look at the signatures of those functions, which therefore stay as they are.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Step:
     model_output: Tensor
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
+    method: str = "step"  #: of the scheduler
 
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
@@ -90,6 +91,7 @@ def record(
     """
     recording = Recording()
     last: dict[str, Any] = {}
+    inside: list[str] = []  # the stepping methods that run: some call each other
     scale_original = {c: c.scale_model_input for c in schedulers(pipeline) if hasattr(c, "scale_model_input")}
 
     def forward_of(name: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,20 +114,27 @@ def record(
 
         return forward
 
-    def step_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step_of(method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if inside:
+                return original(self, *args, **kwargs)
             given = signature.bind(self, *args, **kwargs).arguments
             sample, output = given["sample"].clone(), given["model_output"].clone()
+            timestep = given["timestep"] if "timestep" in given else given["timesteps"]
             scaled = sample if recording.scaled is None else recording.scaled
             if scaled.shape[1:] != sample.shape[1:]:  # the pipeline scaled it together with something else
-                scaled = scale_original[type(self)](self, sample, given["timestep"])
-            known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
+                scaled = scale_original[type(self)](self, sample, timestep)
+            known = ("self", "model_output", "timestep", "timesteps", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
-            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
-            result = original(self, *args, **kwargs)
+            done = Step(recording.calls, torch.as_tensor(timestep).clone(), sample, scaled, output, sample, settings, method)
+            inside.append(method)
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                inside.pop()
             wanted = override(done) if override is not None else None
             if wanted is not None:
                 result = _replaced(result, wanted)
@@ -155,7 +164,7 @@ def record(
 
         return set_timesteps
 
-    wrappers = {"step": step_of, "scale_model_input": scale_of, "set_timesteps": set_of}
+    wrappers = {"scale_model_input": scale_of, "set_timesteps": set_of}
     with ExitStack() as stack:
         for name, module in networks(pipeline).items():
             stack.enter_context(_swapped(module, "forward", forward_of(name, module, module.forward)))
@@ -163,6 +172,8 @@ def record(
             for attribute, wrap in wrappers.items():
                 if hasattr(scheduler, attribute):
                     stack.enter_context(_swapped(scheduler, attribute, wrap(getattr(scheduler, attribute))))
+            for method in stepping_methods(scheduler):
+                stack.enter_context(_swapped(scheduler, method, step_of(method, getattr(scheduler, method))))
         yield recording
 
 
@@ -186,7 +197,19 @@ def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
 
 def schedulers(pipeline: Any) -> list[type]:
     """The classes of the pipeline's schedulers."""
-    return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and hasattr(v, "step")))
+    return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and stepping_methods(type(v))))
+
+
+@functools.cache
+def stepping_methods(scheduler: type) -> list[str]:
+    """The methods of a scheduler that take a sample one step on: ``step``, and what some pipelines call in its place
+    (``batch_step_no_noise``, ``step_pred``). Each takes a model output, a timestep and a sample."""
+
+    def takes(method: Any) -> bool:
+        parameters = set(inspect.signature(method).parameters) if inspect.isfunction(method) else set()
+        return {"model_output", "sample"} <= parameters and bool({"timestep", "timesteps"} & parameters)
+
+    return [name for name in dir(scheduler) if "step" in name and not name.startswith("_") and takes(getattr(scheduler, name))]
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -203,14 +226,27 @@ def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), value)
 
 
+def take_step(
+    method: Callable[..., Any], model_output: Tensor, timestep: Tensor, sample: Tensor, generator: torch.Generator | None, settings: Mapping[str, Any],
+) -> Tensor:
+    """The sample that a stepping method makes; it gets the generator if it takes one."""
+    taken = inspect.signature(method).parameters
+    known = {k: v for k, v in {"generator": generator, "return_dict": False}.items() if k in taken}
+    return _first(method(model_output, timestep, sample, **known, **settings))
+
+
 def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.prev_sample
+    if isinstance(result, Tensor):
+        return result
+    return result[0] if isinstance(result, tuple) else result.prev_sample  # type: ignore[no-any-return]
 
 
 def _replaced(result: Any, sample: Tensor) -> Any:
     def replaced(value: Any) -> Any:  # also the clean samples that some schedulers give beside, and pipelines decode
         return sample if isinstance(value, Tensor) and value.shape == sample.shape else value
 
+    if isinstance(result, Tensor):
+        return replaced(result)
     if isinstance(result, tuple):
         return tuple(replaced(v) for v in result)
     return type(result)(**{k: replaced(v) for k, v in result.items()})

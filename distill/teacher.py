@@ -9,7 +9,6 @@ teacher that does not agree.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -25,7 +24,7 @@ from distill.guidance import Guided
 from distill.latents import Autoencoder, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
-from distill.recording import Recording, Step, networks
+from distill.recording import Recording, Step, networks, take_step
 from distill.running import PROBE_STEPS, Runner, before_calls
 from distill.schedule import Kind
 
@@ -234,14 +233,13 @@ class Teacher:
             visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
         """
         denoiser, rows = self.guided(guidance), self._found.rows
-        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
             t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
             sample = rows(x)
             scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
             value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
-            settings = {} if visited is None else visited[i].settings
-            x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
+            method, settings = ("step", {}) if visited is None else (visited[i].method, visited[i].settings)
+            x = take_step(getattr(scheduler, method), rows(value), timestep, sample, generator, settings).reshape(x.shape)
         return x
 
     def _for_scheduler(self, prediction: Prediction) -> Tensor:

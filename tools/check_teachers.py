@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import pkgutil
+import re
 import sys
 import tempfile
 import traceback
@@ -74,7 +75,7 @@ def check(case: Any) -> dict[str, Any]:
             row["trained"] = True
             row["exported"] = exported(student)
     except UserError as error:
-        return row | {"why": str(error).partition(". If you know it")[0].partition(" cannot be a teacher yet: ")[2] or str(error)}
+        return row | {"why": re.sub(r"^\w+ cannot be a teacher( yet)?: ", "", str(error).partition(". If you know it")[0])}
     except Exception as error:  # whatever goes wrong inside any of 300 pipelines is a row of the table
         logging.debug(traceback.format_exc())
         return row | {"why": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]}

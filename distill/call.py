@@ -61,9 +61,16 @@ class Layout:
             return [[entry] for entry in entries]
         if self.kind == "listed":
             return list(entries) if self.rows == 1 else [e for several in entries for e in several]
-        assert isinstance(entries, Tensor)
+        entries = entries if isinstance(entries, Tensor) else torch.stack(entries)
         value = entries if self.rows == 1 else entries.flatten(0, 1)
         return value.movedim(0, self.axis)
+
+
+    def joins(self, entries: Tensor | list[Any]) -> bool:
+        """Whether one call can take these: conditions of one length, or lists of any."""
+        if self.kind == "shared":
+            return all(same(entries[0], e) for e in entries[1:])
+        return self.kind != "stacked" or isinstance(entries, Tensor) or len({e.shape for e in entries}) == 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,12 @@ class Call:
     sign: float = 1.0  #: some pipelines negate the answer
     guidance: str | None = None  #: takes a sinusoidal embedding of the guidance scale (``time_cond_proj_dim``)
     embedded: tuple[str, Affine] | None = None  #: takes the guidance scale itself (distilled guidance: Flux and others)
+    alone: bool = False  #: a call holds one sample, as one sequence of all its tokens
+
+    def apart(self, values: Values) -> bool:
+        """Whether samples with these conditions need a call each."""
+        conditions = {k: v for k, v in values.items() if k != REST and ":" not in k}
+        return self.alone or any(not self.layouts.get(path, Layout()).joins(entries) for path, entries in conditions.items())
 
     def arguments(self, x_t: Tensor, time: Tensor, values: Values, dtype: torch.dtype) -> dict[str, Any]:
         """The flat keyword arguments for states x_t (batch, ...) at scheduler timesteps ``time`` (batch,)."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from distill.call import Affine, Layout, flatten, same
 from distill.denoiser import Companion
@@ -109,6 +110,9 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
     understood = understand(backbone, network, one, two, other, override)
+    if two is not None and not _doubles(understood, one.first_calls(network)[-1], two.first_calls(network)[-1]):
+        two = None
+        understood = understand(backbone, network, one, two, other, override)
     companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
     schedule, kind = from_scheduler(one.scheduler)
     understood = understand_answer(understood, backbone, network, one, schedule, kind, override)
@@ -160,6 +164,12 @@ def _multiplies(one: NetworkCall, two: NetworkCall) -> bool:
     number of prompts, and are asked one by one."""
     a, b = flatten(one.arguments), flatten(two.arguments)
     return any(isinstance(v, Tensor) and v.dim() > 1 and isinstance(b.get(k), Tensor) and len(b[k]) == 4 * len(v) for k, v in a.items())
+
+
+def _doubles(understood: Understanding, one: NetworkCall, two: NetworkCall) -> bool:
+    """Whether two inputs make two samples: some pipelines take a list of prompts for a single long one."""
+    a, b = (pytree.tree_leaves(flatten(c.arguments, understood.whole).get(understood.call.state)) for c in (one, two))
+    return sum(v.numel() for v in b if isinstance(v, Tensor)) == 2 * sum(v.numel() for v in a if isinstance(v, Tensor))
 
 
 def _find_companions(

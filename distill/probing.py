@@ -78,7 +78,7 @@ def understand(
                 continue
             times[path] = affine
             if layouts.get(path, Layout("shared")).kind == "shared":  # one time for all rows: a network takes one per row, too
-                layouts[path] = Layout(rows=layouts[state].rows)
+                layouts[path] = Layout(rows=(0 if two else _times_per_sample(flats[0][path], copies)) or layouts[state].rows)
     if not times:
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
     dynamic = {state, guidance, *times, *layouts, *unexplained}
@@ -270,6 +270,12 @@ def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], 
     if scale.dim():
         return Affine(scale, _rounded(float(shift.reshape(-1)[0])))
     return Affine(_rounded(float(scale)), _rounded(float(shift)))
+
+
+def _times_per_sample(value: Any, copies: int) -> int:
+    """How often one time is said for one sample: once for each token, by some; 0 where it is said once."""
+    rows = len(value) // copies if isinstance(value, Tensor) and value.dim() == 1 else 1
+    return rows if rows > 1 else 0
 
 
 def _rounded(x: float) -> float:

@@ -9,13 +9,15 @@ teacher that does not agree.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.batching import takes_several
 from distill.call import flatten
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
@@ -65,6 +67,8 @@ class Teacher:
         self.guidance = found.guidance
         companions = [companion for companion, _ in found.companions]
         self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
+        if not found.batched and not takes_several(self.denoiser, *next(self._recorded())[1:]):
+            self.denoiser.call = replace(self.denoiser.call, alone=True)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -297,20 +301,24 @@ class Teacher:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst, found = 0.0, self._found
-        off = next(iter(found.off.values()), 1.0)
-        for step in found.recorded.steps_of(found.network):
-            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
-            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
-            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
-            mine = self._for_scheduler(self.denoiser.predict(found.single(step.scaled), t, told))
-            worst = max(worst, _difference(mine, found.single(step.model_output)))
+        worst = 0.0
+        for step, x, t, told in self._recorded():
+            worst = max(worst, _difference(self._for_scheduler(self.denoiser.predict(x, t, told)), self._found.single(step.model_output)))
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
                 f"(allowed {tolerance:.0e}); this pipeline needs an override"
             )
         return worst
+
+    def _recorded(self) -> Iterator[tuple[Step, Tensor, Tensor, Condition]]:
+        """The recorded steps with what the ``Denoiser`` is to be given for them."""
+        found = self._found
+        off = next(iter(found.off.values()), 1.0)
+        for step in found.recorded.steps_of(found.network):
+            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
+            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
+            yield step, found.single(step.scaled), t, Condition(values, guidance=torch.full((1,), off, device=self.device))
 
     @torch.no_grad()
     def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:

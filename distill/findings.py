@@ -34,6 +34,7 @@ class Guidance:
     calls: int  #: of the backbone per step
     conditional: int  #: which of the two answers is the conditional one
     rule: str  #: how it combines them (``guidance.RULES``)
+    skipped: int = 0  #: calls before these in each step whose answers it does not combine: it looks at attention maps, say
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             continue
         recording = runner.run([runner.placeholder], found.off | {name: PROBE_GUIDANCE}, stop=after_steps(1, found.network), negative=[runner.negative])
         step = recording.steps_of(found.network)[0]
-        calls = step.calls_of(found.network)
-        answers = [answer for c in calls for answer in _answers(found, c)]
+        everything = step.calls_of(found.network)
+        calls, answers = _combined(found, everything)
         guided = found.single(step.model_output)  # some pipelines double the scheduler's sample, too
         if len(answers) == 1:
             found = _with_embedded(found, name, off, calls[0])
@@ -217,9 +218,18 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             tolerance = 1e-4 if guided.dtype == torch.float32 else 2e-2
             rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
             if rule is not None:
-                guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
+                guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0], len(everything) - len(calls))
                 found = _with_null_conditions(found, calls)
     return replace(found, guidance=guidance)
+
+
+def _combined(found: Findings, calls: Sequence[NetworkCall]) -> tuple[Sequence[NetworkCall], list[Tensor]]:
+    """The last calls of a step that give two answers, and these; all of them, if there are none such."""
+    answers = [_answers(found, c) for c in calls]
+    for skipped in range(len(calls)):
+        if sum(map(len, answers[skipped:])) == 2:
+            return calls[skipped:], [a for each in answers[skipped:] for a in each]
+    return calls, [a for each in answers for a in each]
 
 
 def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:

@@ -168,6 +168,7 @@ def record(
     with ExitStack() as stack:
         for name, module in networks(pipeline).items():
             stack.enter_context(_swapped(module, "forward", forward_of(name, module, module.forward)))
+            stack.enter_context(_same_processors(module))
         for scheduler in schedulers(pipeline):
             for attribute, wrap in wrappers.items():
                 if hasattr(scheduler, attribute):
@@ -250,6 +251,18 @@ def _replaced(result: Any, sample: Tensor) -> Any:
     if isinstance(result, tuple):
         return tuple(replaced(v) for v in result)
     return type(result)(**{k: replaced(v) for k, v in result.items()})
+
+
+@contextmanager
+def _same_processors(module: nn.Module) -> Iterator[None]:
+    """The attention processors are afterwards as they were: a pipeline that is stopped does not put back those that it replaced."""
+    before = dict(getattr(module, "attn_processors", {}))
+    try:
+        yield
+    finally:
+        after = getattr(module, "attn_processors", {})
+        if any(after.get(name) is not processor for name, processor in before.items()):
+            module.set_attn_processor(before)  # type: ignore[operator]
 
 
 @contextmanager

@@ -23,11 +23,11 @@ from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, 
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
-from distill.latents import Autoencoder, find_autoencoder
+from distill.latents import Autoencoder, Decoding, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
 from distill.recording import Recording, Step, networks, take_step
-from distill.running import PROBE_STEPS, Runner, before_calls
+from distill.running import PROBE_STEPS, Runner, after_steps, before_calls
 from distill.schedule import Kind
 
 __all__ = ["Guidance", "Teacher"]
@@ -165,8 +165,8 @@ class Teacher:
         if guidance is None:
             return self._plain_condition(entries)
         told = found.off | {guidance.argument: PROBE_GUIDANCE}  # any at which the pipeline encodes the null condition, too
-        recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
-        parts = self._values(recording, guidance.copies, batch)
+        recording = self._first_calls(entries, told, guidance.skipped + guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        parts = self._values(recording, guidance.copies, batch, guidance.skipped)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
 
     def _plain_condition(self, entries: list[Any]) -> Condition:
@@ -179,10 +179,29 @@ class Teacher:
         self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
-        found = self._found
-        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=found.answers)
+        return self._dry(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, self._found.network))
 
-    def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
+    def _dry(self, entries: Sequence[Any], guidance: Mapping[str, float], **settings: Any) -> Recording:
+        """A run in which the backbone answers without being computed, unless the pipeline looks inside it."""
+        try:
+            return self._runner.run(entries, guidance, answers=self._found.answers, **settings)
+        except Decoding:
+            raise
+        except Exception:
+            if not self.looks_inside:
+                raise
+            return self._runner.run(entries, guidance, **settings)
+
+    @cached_property
+    def looks_inside(self) -> bool:
+        """Whether the pipeline reads more of its backbone than the answer (attention maps), so that it has to be computed."""
+        try:
+            self._runner.run([self.placeholder()], self._found.off, stop=after_steps(1, self._found.network), answers=self._found.answers)
+        except Exception:  # whatever a pipeline says that misses something
+            return True
+        return False
+
+    def _values(self, recording: Recording, copies: int, batch: int, skipped: int = 0) -> list[dict[str, Tensor | list[Any]]]:
         """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
         found = self._found
         fed = {path for companion, _ in found.companions for path in companion.feeds}
@@ -190,7 +209,7 @@ class Teacher:
         everyone = [("", found.network, found.understood), *((f"{c.name}:", c.name, u) for c, u in found.companions)]
         for prefix, network, understood in everyone:
             singles = [
-                values_of(single, understood, batch) for call in recording.first_calls(network)
+                values_of(single, understood, batch) for call in recording.first_calls(network)[0 if prefix else skipped :]
                 for single in copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, copies)
             ]
             parts = parts or [{} for _ in singles]
@@ -265,7 +284,7 @@ class Teacher:
             def final(step: Step) -> Tensor | None:
                 return found.rows(x0) if step.calls_of(found.network) else None
 
-            self._runner.run([self.placeholder()], found.off, answers=found.answers, override=final)
+            self._dry([self.placeholder()], found.off, override=final)
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 

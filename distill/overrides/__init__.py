@@ -29,6 +29,9 @@ class Override:
 _CACHED = "the first step fills a cache of the text's keys and values, which the others read: every call computes them here"
 OVERRIDES: dict[str, Override] = {
     "QwenImage21Pipeline": Override(constants={"kv_cache": None, "kv_cache_mode": None}, why=_CACHED),
+    "StableDiffusionAttendAndExcitePipeline": Override(
+        call={"max_iter_to_alter": 0, "thresholds": {}}, why="it alters the sample by gradients of its own between the steps; a student makes plain steps",
+    ),
     "StableDiffusionParadigmsPipeline": Override(call={"parallel": 1}, why="it takes several steps at once, and one at a time only if told so"),
     "UnCLIPPipeline": Override(network="decoder", why="its last stage is a super-resolution with two networks: what is distilled is the decoder"),
     "UnCLIPImageVariationPipeline": Override(network="decoder", why="as for UnCLIPPipeline"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from distill.arrangement import Arrangement
 
@@ -101,6 +102,8 @@ class Call:
     sign: float = 1.0  #: some pipelines negate the answer
     guidance: str | None = None  #: takes a sinusoidal embedding of the guidance scale (``time_cond_proj_dim``)
     embedded: tuple[str, Affine] | None = None  #: takes the guidance scale itself (distilled guidance: Flux and others)
+    others: Mapping[str, Arrangement] = field(default_factory=dict)  #: arguments that take further parts of x_t, where the state takes one part
+    gathered: bool = False  #: the model output lies in all tensors of the answer, one after another, not in the first
     alone: bool = False  #: a call holds one sample, as one sequence of all its tokens
 
     def apart(self, values: Values) -> bool:
@@ -125,6 +128,10 @@ class Call:
                 flat[path] = layout.join(cast(entries) if isinstance(entries, Tensor) else [cast(e) for e in entries])
         layout = self.layouts.get(self.state, Layout())
         flat[self.state] = layout.join(state if layout.kind == "stacked" else list(state))
+        for path, part in self.others.items():
+            entries = part(x_t.to(dtype))
+            layout = self.layouts.get(path, Layout())
+            flat[path] = layout.join(entries if layout.kind == "stacked" else list(entries))
         for path, affine in self.times.items():
             layout = self.layouts.get(path, Layout())
             value = affine(time).float()
@@ -135,9 +142,13 @@ class Call:
 
     def answer(self, output: Any, batch: int) -> Tensor:
         """The model output (batch, ...) in what the backbone returned."""
-        value = first_tensor(output, batch)
+        value = self.tensor(output, batch)
         rows = len(value) // batch
         return self.model_output(value if self.leave is None or rows == 1 else value.reshape(batch, rows, *value.shape[1:]))
+
+    def tensor(self, output: Any, rows: int) -> Tensor:
+        """The tensor (rows, ...) of what the backbone returned in which the model output lies."""
+        return all_tensors(output, rows) if self.gathered else first_tensor(output, rows)
 
     def model_output(self, value: Tensor) -> Tensor:
         """The part of an answer (batch, ...) that the scheduler is given, with its sign."""
@@ -156,6 +167,12 @@ def first_tensor(output: Any, batch: int | None = None) -> Tensor:
         else:
             output = next(v for v in vars(output).values() if v is not None)
     return output
+
+
+def all_tensors(output: Any, rows: int) -> Tensor:
+    """The tensors of a backbone's answer that have so many rows, one after another: (rows, all of their elements)."""
+    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.dim() > 1 and len(v) == rows]
+    return torch.cat([v.flatten(1) for v in leaves], 1)
 
 
 _PART = re.compile(r"\.([^.\[(]+)|\[(\d+)\]|\((\d+)\)")

@@ -236,7 +236,7 @@ def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:
     """The model outputs in one call's answer to one input, one per copy of the batch."""
     convention, whole = found.understood.call, found.understood.whole
     rows = len(flatten(call.arguments, whole)[convention.state])
-    parts = per_copy_answer(call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
+    parts = per_copy_answer(convention, call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
     return [convention.model_output(p) for p in parts]
 
 
@@ -254,7 +254,7 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
             layouts[path] = Layout("stacked", 0, len(value))
         elif len(guided) == 2 and any(not same(value, g) for g in guided):
             layouts[path] = Layout("shared")
-    known = {convention.state, convention.guidance, *convention.times, *layouts, *convention.constants}
+    known = {convention.state, convention.guidance, *convention.others, *convention.times, *layouts, *convention.constants}
     copies = 2 // len(calls)
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
@@ -271,7 +271,7 @@ def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) ->
     plain = flatten(found.recorded.first_calls(found.network)[-1].arguments, whole)
     for path, value in flatten(call.arguments, whole).items():
         before = plain.get(path)
-        if path in (convention.state, convention.guidance, *convention.times) or not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        if path in (convention.state, convention.guidance, *convention.others, *convention.times) or not isinstance(value, Tensor) or not isinstance(before, Tensor):
             continue
         if value.numel() == before.numel() == 1 and float(value) != float(before):
             scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)

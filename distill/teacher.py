@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.batching import takes_several
-from distill.call import flatten
+from distill.call import flatten, same
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
@@ -166,6 +166,9 @@ class Teacher:
             return self._plain_condition(entries)
         told = found.off | {guidance.argument: PROBE_GUIDANCE}  # any at which the pipeline encodes the null condition, too
         recording = self._first_calls(entries, told, guidance.skipped + guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        return self._guided_condition(recording, guidance, batch)
+
+    def _guided_condition(self, recording: Recording, guidance: Guidance, batch: int) -> Condition:
         parts = self._values(recording, guidance.copies, batch, guidance.skipped)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
 
@@ -344,8 +347,8 @@ class Teacher:
         """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
         sample's largest value (but at least 1).
 
-        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), each step starts
-        from the pipeline's own.
+        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), or draws a new
+        null condition for each, each step starts from the pipeline's own.
         """
         found, single = self._found, self._found.single
         arguments = dict(found.off)
@@ -363,6 +366,10 @@ class Teacher:
         visited = recording.steps_of(found.network)
         encode = self.condition if guidance != 1 else self._plain_condition
         condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
+        if self.guidance is not None and guidance != 1:
+            told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
+            if any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
+                return max(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in zip(visited, told, strict=True))
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
         return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)

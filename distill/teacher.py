@@ -47,7 +47,7 @@ class Teacher:
 
     def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
         self.pipeline, name = pipeline, type(pipeline).__name__
-        override = override or find_override(None, name)
+        override = self.override = override or find_override(None, name)
         modules = [c for c in getattr(pipeline, "components", {}).values() if isinstance(c, nn.Module)]
         if not modules:
             raise UserError(f"{name} has no backbone: it cannot be a teacher")

@@ -29,9 +29,17 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
         null = pipeline.config.get("null_class")
         made = shipped_pipeline("UNet2DPipeline")(backbone, scheduler, num_inference_steps=student.sampler.steps, guidance_scale=1.0, null_class=null)
     else:
-        made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, "scheduler": scheduler})
+        made = remake(_class_of(student), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, "scheduler": scheduler})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def _class_of(student: Student) -> type[Any]:
+    """The pipeline's class, or that of diffusers which its override names for students."""
+    import diffusers
+
+    name = student.teacher.override.student
+    return type(student.teacher.pipeline) if name is None else getattr(diffusers, name)
 
 
 def is_pixel_unet(pipeline: Any) -> bool:

@@ -23,6 +23,7 @@ class Override:
     guidance_off: float | None = None  #: its value that switches guidance off
     constants: Mapping[str, Any] = field(default_factory=dict)  #: arguments of the network's call that are to be the same at every step
     call: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the pipeline's call
+    student: str | None = None  #: the class of diffusers in which students go home, where the teacher's own cannot sample them
     why: str = ""  #: what could not be inferred
 
 
@@ -32,7 +33,9 @@ OVERRIDES: dict[str, Override] = {
     "StableDiffusionAttendAndExcitePipeline": Override(
         call={"max_iter_to_alter": 0, "thresholds": {}}, why="it alters the sample by gradients of its own between the steps; a student makes plain steps",
     ),
-    "StableDiffusionParadigmsPipeline": Override(call={"parallel": 1}, why="it takes several steps at once, and one at a time only if told so"),
+    "StableDiffusionParadigmsPipeline": Override(
+        call={"parallel": 1}, student="StableDiffusionPipeline", why="it takes many steps at once, which a student of few does not need",
+    ),
     "UnCLIPPipeline": Override(network="decoder", why="its last stage is a super-resolution with two networks: what is distilled is the decoder"),
     "UnCLIPImageVariationPipeline": Override(network="decoder", why="as for UnCLIPPipeline"),
 }

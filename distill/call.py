@@ -1,7 +1,7 @@
 """The calling convention of a backbone, as data: which argument takes what, and where the answer lies.
 
-Arguments are named by their path inside the call: ``added_cond_kwargs.time_ids`` is a key of a mapping, ``x[0]`` an entry
-of a list and ``rope(1)`` one of a tuple.
+Arguments are named by their path inside the call: ``added_cond_kwargs.time_ids`` is a key of a mapping (``samples{2}`` where the
+key is a number), ``x[0]`` an entry of a list and ``rope(1)`` one of a tuple.
 """
 
 from __future__ import annotations
@@ -175,7 +175,14 @@ def all_tensors(output: Any, rows: int) -> Tensor:
     return torch.cat([v.flatten(1) for v in leaves], 1)
 
 
-_PART = re.compile(r"\.([^.\[(]+)|\[(\d+)\]|\((\d+)\)")
+_PART = re.compile(r"\.([^.\[({]+)|\[(\d+)\]|\((\d+)\)|\{(\d+)\}")
+
+
+def key_path(path: str, key: Any) -> str:
+    """The path of a mapping's key."""
+    if isinstance(key, int):
+        return f"{path}{{{key}}}"
+    return f"{path}.{key}" if path else str(key)
 
 
 def flatten(arguments: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str, Any]:
@@ -191,7 +198,7 @@ def flatten(arguments: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str
             flat[path] = value
         elif isinstance(value, Mapping) and value:
             for key, inner in value.items():
-                visit(inner, f"{path}.{key}" if path else key)
+                visit(inner, key_path(path, key))
         elif type(value) in (list, tuple) and _holds_tensor(value):
             left, right = "[]" if isinstance(value, list) else "()"
             for i, inner in enumerate(value):
@@ -220,6 +227,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         kind = next(iter(node))[0]
         if kind == 0:
             return {text: close(inner) for (_, text), inner in node.items()}
+        if kind == 3:
+            return {int(text): close(inner) for (_, text), inner in node.items()}
         entries = [close(inner) for _, inner in sorted(node.items(), key=lambda item: int(item[0][1]))]
         return entries if kind == 1 else tuple(entries)
 

@@ -110,10 +110,7 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
-    understood = understand(backbone, network, one, two, other, override)
-    if two is not None and not _doubles(understood, one.first_calls(network)[-1], two.first_calls(network)[-1]):
-        two = None
-        understood = understand(backbone, network, one, two, other, override)
+    understood, two = _understand(backbone, network, one, two, other, override)
     companions = _find_companions(runner.pipeline, understood, network, backbone, one, two, other)
     schedule, kind = from_scheduler(one.scheduler)
     understood = understand_answer(understood, backbone, network, one, schedule, kind, override)
@@ -165,6 +162,24 @@ def _multiplies(one: NetworkCall, two: NetworkCall) -> bool:
     number of prompts, and are asked one by one."""
     a, b = flatten(one.arguments), flatten(two.arguments)
     return any(isinstance(v, Tensor) and v.dim() > 1 and isinstance(b.get(k), Tensor) and len(b[k]) == 4 * len(v) for k, v in a.items())
+
+
+def _understand(
+    backbone: nn.Module, network: str, one: Recording, two: Recording | None, other: Recording | None, override: Override,
+) -> tuple[Understanding, Recording | None]:
+    """The calling convention; and the recording of two inputs, unless the pipeline made one sample of them."""
+    problem: NotUnderstood | None = None
+    if two is not None:
+        try:
+            understood = understand(backbone, network, one, two, other, override)
+            if _doubles(understood, one.first_calls(network)[-1], two.first_calls(network)[-1]):
+                return understood, two
+        except NotUnderstood as error:
+            problem = error
+    try:
+        return understand(backbone, network, one, None, other, override), None
+    except NotUnderstood as error:
+        raise problem or error from None
 
 
 def _doubles(understood: Understanding, one: NetworkCall, two: NetworkCall) -> bool:
@@ -259,7 +274,7 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
             layouts[path] = Layout("stacked", 0, max(1, len(value) // copies)) if value.dim() and len(value) % copies == 0 else Layout("shared")
-    constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith(f"{k}.") for path in layouts)}
+    constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith((f"{k}.", f"{k}{{")) for path in layouts)}
     return _with_call(found, layouts=layouts, constants=constants)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distill.arrangement import Arrangement, View, covers, find_inside, find_part
-from distill.call import REST, Affine, Call, Layout, flatten, same
+from distill.call import REST, Affine, Call, Layout, flatten, key_path, same
 from distill.overrides import Override
 from distill.recording import NetworkCall, Recording, Step
 from distill.schedule import KINDS, Kind, NoiseSchedule
@@ -149,7 +149,7 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
                 layouts[path] = Layout("stacked", 0, len(x))
         elif isinstance(x, Mapping) and x:
             for key, inner in x.items():
-                visit(inner, y.get(key) if isinstance(y, Mapping) else None, f"{path}.{key}" if path else key)
+                visit(inner, y.get(key) if isinstance(y, Mapping) else None, key_path(path, key))
         elif type(x) in (list, tuple) and x:
             doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
             if doubled or (b is None and isinstance(x, list) and len(x) == 1 and isinstance(x[0], (Tensor, list, tuple))):

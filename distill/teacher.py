@@ -9,7 +9,7 @@ teacher that does not agree.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -323,9 +323,7 @@ class Teacher:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst = 0.0
-        for step, x, t, told in self._recorded():
-            worst = max(worst, _difference(self._for_scheduler(self.denoiser.predict(x, t, told)), self._found.single(step.model_output)))
+        worst = _largest(_difference(self._for_scheduler(self.denoiser.predict(x, t, c)), self._found.single(s.model_output)) for s, x, t, c in self._recorded())
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -369,13 +367,18 @@ class Teacher:
         if self.guidance is not None and guidance != 1:
             told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
             if any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
-                return max(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in zip(visited, told, strict=True))
+                return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in zip(visited, told, strict=True))
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
-        return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
+        return _largest(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
 REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is (``max`` would pass it over)."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
 def _difference(mine: Tensor, theirs: Tensor) -> float:

@@ -12,17 +12,17 @@ HALF_TOLERANCE = 5e-2  #: the same in half precision
 
 
 @torch.no_grad()
-def takes_several(denoiser: BackboneDenoiser, x_t: Tensor, t: Tensor, condition: Condition) -> bool:
+def takes_several(denoiser: BackboneDenoiser, x_t: Tensor, t: Tensor, first: Condition, second: Condition) -> bool:
     """Whether two different samples in one call get the answers that each gets alone. (On the meta device: whether the call
     goes through.)
 
     Args:
-        x_t: (1, ...). t: (1,). condition: of one sample.
+        x_t: (1, ...). t: (1,). first, second: conditions of one sample each.
     """
-    twice, times, told = torch.cat([x_t, -x_t]), t.to(x_t.device).expand(1).repeat(2), cat([condition, condition]) if condition.values else condition
-    alone = [denoiser.predict(x, t, condition).value for x in twice.split(1)]
+    twice, times = torch.cat([x_t, -x_t]), t.to(x_t.device).expand(1).repeat(2)
+    alone = [denoiser.predict(x, t, c).value for x, c in zip(twice.split(1), (first, second), strict=True)]
     try:
-        together = denoiser.predict(twice, times, told).value
+        together = denoiser.predict(twice, times, cat([first, second]) if first.values else first).value
     except Exception:  # whatever a network raises for shapes that it does not expect
         return False
     if any(p.is_meta for p in denoiser.backbone.parameters()):

@@ -106,6 +106,11 @@ class Call:
     gathered: bool = False  #: the model output lies in all tensors of the answer, one after another, not in the first
     alone: bool = False  #: a call holds one sample, as one sequence of all its tokens
 
+    @property
+    def varying(self) -> set[str | None]:
+        """The arguments that take x_t, the time or a role's own guidance: no conditions."""
+        return {self.state, self.guidance, *self.others, *self.times}
+
     def apart(self, values: Values) -> bool:
         """Whether samples with these conditions need a call each."""
         conditions = {k: v for k, v in values.items() if k != REST and ":" not in k}

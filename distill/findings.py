@@ -269,7 +269,7 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
             layouts[path] = Layout("stacked", 0, len(value))
         elif len(guided) == 2 and any(not same(value, g) for g in guided):
             layouts[path] = Layout("shared")
-    known = {convention.state, convention.guidance, *convention.others, *convention.times, *layouts, *convention.constants}
+    known = {*convention.varying, *layouts, *convention.constants}
     copies = 2 // len(calls)
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
@@ -286,7 +286,7 @@ def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) ->
     plain = flatten(found.recorded.first_calls(found.network)[-1].arguments, whole)
     for path, value in flatten(call.arguments, whole).items():
         before = plain.get(path)
-        if path in (convention.state, convention.guidance, *convention.others, *convention.times) or not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        if path in convention.varying or not isinstance(value, Tensor) or not isinstance(before, Tensor):
             continue
         if value.numel() == before.numel() == 1 and float(value) != float(before):
             scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)

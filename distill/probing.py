@@ -339,7 +339,7 @@ def per_copy_answer(call: Call, output: Any, batch: int, copies: int) -> list[Te
 def values_of(arguments: Mapping[str, Any], found: Understanding, batch: int) -> dict[str, Tensor | list[Any]]:
     """The condition (one entry per sample) in the flat arguments of a call that holds one copy of the batch."""
     call = found.call
-    dynamic = {call.state, call.guidance, *call.others, *call.times, *((call.embedded[0],) if call.embedded else ())}
+    dynamic = {*call.varying, *((call.embedded[0],) if call.embedded else ())}
     values = {path: layout.split(arguments[path], batch) for path, layout in call.layouts.items() if path not in dynamic and path in arguments}
     if call.enter is not None and call.enter.needs_rest():
         entries = call.layouts.get(call.state, Layout()).split(arguments[call.state], batch)

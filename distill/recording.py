@@ -201,7 +201,6 @@ def schedulers(pipeline: Any) -> list[type]:
     return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and stepping_methods(type(v))))
 
 
-@functools.cache
 def stepping_methods(scheduler: type) -> list[str]:
     """The methods of a scheduler that take a sample one step on: ``step``, and what some pipelines call in its place
     (``batch_step_no_noise``, ``step_pred``). Each takes a model output, a timestep and a sample."""

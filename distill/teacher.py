@@ -67,8 +67,11 @@ class Teacher:
         self.guidance = found.guidance
         companions = [companion for companion, _ in found.companions]
         self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
-        if not found.batched and not takes_several(self.denoiser, *next(self._recorded())[1:]):
-            self.denoiser.call = replace(self.denoiser.call, alone=True)
+        if not found.batched:
+            _, x, t, told = next(self._recorded())
+            others = [told] if self.guidance is None else [told, self.condition([self.placeholder()]).unconditional()]
+            if not all(takes_several(self.denoiser, x, t, Condition(told.values), Condition(other.values)) for other in others):
+                self.denoiser.call = replace(self.denoiser.call, alone=True)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -323,7 +326,9 @@ class Teacher:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst = _largest(_difference(self._for_scheduler(self.denoiser.predict(x, t, c)), self._found.single(s.model_output)) for s, x, t, c in self._recorded())
+        single = self._found.single
+        replayed = ((self._for_scheduler(self.denoiser.predict(x, t, told)), step) for step, x, t, told in self._recorded())
+        worst = _largest(_difference(mine, single(step.model_output)) for mine, step in replayed)
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -367,7 +372,8 @@ class Teacher:
         if self.guidance is not None and guidance != 1:
             told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
             if any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
-                return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in zip(visited, told, strict=True))
+                steps_told = zip(visited, told, strict=True)
+                return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in steps_told)
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
         return _largest(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)

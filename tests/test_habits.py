@@ -122,7 +122,7 @@ def test_prompts_of_different_lengths_are_computed_one_by_one() -> None:
     assert denoiser.call.apart(cat([short, long]).values) and not denoiser.call.apart(cat([short, short]).values)
     wanted = torch.cat([denoiser(x[:1], t[:1], short), denoiser(x[1:], t[1:], long)])
     assert torch.equal(denoiser(x, t, cat([short, long])), wanted)
-    assert takes_several(denoiser, x[:1], t[:1], short)
+    assert takes_several(denoiser, x[:1], t[:1], short, short)
 
 
 # -- a state in parts ---------------------------------------------------------------------------------------------------

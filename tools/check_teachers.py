@@ -106,6 +106,7 @@ def train(teacher: Teacher) -> Student:
     Raises:
         AssertionError: if a step changes anything but the student (and the critic), or nothing.
     """
+    torch.manual_seed(0)
     condition = teacher.condition([teacher.placeholder()] * 2)
     x0 = torch.randn(2, *teacher.sample_shape)
     student: Student | None = None

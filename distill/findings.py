@@ -271,6 +271,9 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
             layouts[path] = Layout("shared")
     known = {*convention.varying, *layouts, *convention.constants}
     copies = 2 // len(calls)
+    if copies == 2 and not found.batched:  # what did not double with the samples only looked as if it were theirs (two rows of positions)
+        single = {k for k, v in layouts.items() if v.kind == "stacked" and isinstance(told[0].get(k), Tensor) and told[0][k].shape[v.axis] == v.rows}
+        layouts |= {k: Layout("shared") for k in single - convention.varying}
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
             layouts[path] = Layout("stacked", 0, max(1, len(value) // copies)) if value.dim() and len(value) % copies == 0 else Layout("shared")

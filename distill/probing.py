@@ -111,8 +111,8 @@ def understand_answer(
     as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
     if as_given is not None:
         return as_given
-    for other in KINDS:
-        if other != kind and all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
+    for other in (kind, *(k for k in KINDS if k != kind)):  # its own kind, too: some go to x0 and back, which rounds
+        if all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
             targets = [(s, schedule.convert(s.model_output, s.scaled, schedule.from_model_time(s.timestep).expand(len(s.sample)), kind, other)) for s in steps]
             converted = _answer(replace(found, kind=other), network, targets, tolerance=1e-4)
             if converted is not None:

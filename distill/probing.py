@@ -117,9 +117,11 @@ def understand_answer(
             converted = _answer(replace(found, kind=other), network, targets, tolerance=1e-4)
             if converted is not None:
                 return converted
-    gathered = _answer(replace(found, kind=kind, call=replace(found.call, gathered=True)), network, [(s, one_sample(s.model_output)) for s in steps])
-    if gathered is not None:
-        return gathered
+    gathered = replace(found, kind=kind, call=replace(found.call, gathered=True))
+    for tolerance in (0.0, 1e-4):
+        together = _answer(gathered, network, [(s, one_sample(s.model_output)) for s in steps], tolerance)
+        if together is not None:
+            return together
     raise NotUnderstood(f"what {type(backbone).__name__} answers is not what the scheduler is given (up to sign, place and kind of prediction)", "answer")
 
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,12 @@ class Step:
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
     method: str = "step"  #: of the scheduler
 
+    def joined(self, other: Step) -> Step:
+        """This step and that of a second state at the same time (sound beside pictures) as one of both, laid end to end: (1, all of their elements)."""
+        names = ("sample", "scaled", "model_output", "result")
+        both = {name: torch.cat([getattr(self, name).flatten(1), getattr(other, name).flatten(1)], 1) for name in names}
+        return replace(self, **both)
+
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
         return calls_of(self.calls, network)
@@ -86,7 +92,8 @@ def record(
     Args:
         compute: after so many scheduler steps the networks repeat their last answer instead of computing.
         answers: network name → what it returns for its arguments, instead of computing.
-        stop: asked before each network call (which is noted, and not computed if it stops) and after each step.
+        stop: asked before each network call (which is noted, and not computed if it stops) and after each step, when the next
+            one begins: two schedulers may have stepped.
         override: the sample that a scheduler step shall result in, whatever the scheduler says; None: as it says.
     """
     recording = Recording()
@@ -99,6 +106,8 @@ def record(
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if stop is not None and not recording.calls and recording.steps and stop(recording):
+                raise Stop
             call = NetworkCall(name, _copy(_bound(signature, args, kwargs)))
             recording.calls.append(call)
             if stop is not None and stop(recording):
@@ -139,10 +148,12 @@ def record(
             if wanted is not None:
                 result = _replaced(result, wanted)
             done.result = _first(result).clone()
-            recording.steps.append(done)
-            recording.calls, recording.scaled, recording.scheduler = [], None, self
-            if stop is not None and stop(recording):
-                raise Stop
+            if _at_once(recording.steps, done):
+                recording.steps[-1] = recording.steps[-1].joined(done)
+            else:
+                recording.steps.append(done)
+                recording.scheduler = self
+            recording.calls, recording.scaled = [], None
             return result
 
         return step
@@ -210,6 +221,11 @@ def stepping_methods(scheduler: type) -> list[str]:
         return {"model_output", "sample"} <= parameters and bool({"timestep", "timesteps"} & parameters)
 
     return [name for name in dir(scheduler) if "step" in name and not name.startswith("_") and takes(getattr(scheduler, name))]
+
+
+def _at_once(steps: Sequence[Step], step: Step) -> bool:
+    """Whether no network has run since the last step, which was at the same time."""
+    return bool(steps) and bool(steps[-1].calls) and not step.calls and torch.equal(steps[-1].timestep, step.timestep)
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

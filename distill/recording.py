@@ -55,7 +55,7 @@ class Step:
     def joined(self, other: Step) -> Step:
         """This step and that of a second state at the same time (sound beside pictures) as one of both, laid end to end: (1, all of their elements)."""
         names = ("sample", "scaled", "model_output", "result")
-        both = {name: torch.cat([getattr(self, name).flatten(1), getattr(other, name).flatten(1)], 1) for name in names}
+        both: dict[str, Any] = {name: torch.cat([getattr(self, name).flatten(1), getattr(other, name).flatten(1)], 1) for name in names}
         return replace(self, **both)
 
     def calls_of(self, network: str) -> list[NetworkCall]:

@@ -1,14 +1,16 @@
 """Habits of pipelines, each on a small one of our own that has it: the calling convention is found, and the teacher is right."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from diffusers import ConfigMixin, DDIMParallelScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ClassifierFreeGuidance, ConfigMixin, DDIMParallelScheduler, DDIMScheduler, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from distill.batching import takes_several
+from distill.call import flatten, unflatten
 from distill.errors import UserError
 from distill.overrides import Override
 from distill.recording import schedulers, stepping_methods
@@ -171,6 +173,38 @@ def test_a_state_in_parts_is_found_and_put_together_again() -> None:
     assert teacher.reproduce(4, 3.0) <= 1e-6  # with the null condition of each step, though it is another at each
 
 
+class TwoStates(PartsPipe):
+    """Each part is stepped by a scheduler of its own."""
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: Any, guidance_scale: float = 2.0, negative_prompt: Any = "", num_inference_steps: int = 20, generator: Any = None,
+    ) -> Tensor:
+        def told(given: Any) -> Tensor:
+            return torch.stack([letters(f"{p:9.9}").float() for p in ([given] if isinstance(given, str) else given)])
+
+        words, nothing = told(prompt), told(negative_prompt)
+        x, y = (torch.randn(len(words), n, 4, generator=generator) for n in (6, 2))
+        other = copy.deepcopy(self.scheduler)
+        self.scheduler.set_timesteps(num_inference_steps)
+        other.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            pictures, sounds, _ = self.net(x, y, words, t)
+            if guidance_scale > 1:
+                null = self.net(x, y, nothing, t)
+                pictures, sounds = (n + guidance_scale * (c - n) for c, n in ((pictures, null[0]), (sounds, null[1])))
+            x = self.scheduler.step(pictures, t, x, return_dict=False)[0]
+            y = other.step(sounds, t, y, return_dict=False)[0]
+        return x
+
+
+def test_two_states_are_one_in_parts() -> None:
+    teacher = Teacher(made(TwoStates, PartsNet))
+    assert teacher.sample_shape == (32,) and {teacher.denoiser.call.state, *teacher.denoiser.call.others} == {"picture", "embedding"}
+    assert teacher.guidance is not None and teacher.guidance.calls == 2
+    assert teacher.check() == 0 and teacher.reproduce(4) <= 1e-6 and teacher.reproduce(4, 3.0) <= 1e-6
+
+
 # -- other calls, other steps -------------------------------------------------------------------------------------------
 
 
@@ -215,6 +249,37 @@ def test_a_pipeline_that_looks_inside_its_network_sees_it_computed() -> None:
     condition = teacher.condition(["a cat"])
     assert condition.null is not None and not torch.equal(condition.values["words"], condition.null["words"])  # type: ignore[arg-type]
     assert teacher.reproduce(4) <= 1e-6 and teacher.reproduce(4, 3.0) <= 1e-6
+
+
+class GuidedByComponent(DiffusionPipeline):
+    """The scale of its guidance belongs to a component."""
+
+    def __init__(self, net: nn.Module, scheduler: Any, guider: Any) -> None:
+        super().__init__()
+        self.register_modules(net=net, scheduler=scheduler, guider=guider)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def __call__(self, prompt: Any, negative_prompt: Any = "", num_inference_steps: int = 20, generator: Any = None) -> Tensor:
+        told, nothing = (torch.stack([letters(f"{q:9.9}") for q in ([p] if isinstance(p, str) else p)]) for p in (prompt, negative_prompt))
+        x = torch.randn(len(told), 6, 4, generator=generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for i, t in enumerate(self.scheduler.timesteps):
+            self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+            states = self.guider.prepare_inputs({"words": (told, nothing)})
+            for state in states:
+                state.noise_pred = self.net(x, t.expand(len(x)), state.words)[0]
+            x = self.scheduler.step(self.guider(states)[0], t, x, return_dict=False)[0]
+        return x
+
+
+def test_guidance_that_belongs_to_a_component() -> None:
+    torch.manual_seed(0)
+    guider = ClassifierFreeGuidance(guidance_scale=5.0)
+    teacher = Teacher(GuidedByComponent(RaggedNet(), DDIMScheduler(clip_sample=False), guider))
+    assert teacher.guidance is not None and (teacher.guidance.argument, teacher.guidance.rule) == ("guider.guidance_scale", "plain")
+    assert teacher.reproduce(4) <= 1e-6 and teacher.reproduce(4, 3.0) <= 1e-6
+    assert guider.guidance_scale == 5.0  # as the user has set it
 
 
 class WindowPipe(Pipe):
@@ -279,6 +344,21 @@ def test_attention_processors_are_put_back_when_a_recording_is_stopped() -> None
     pipeline = made(Replacing, Attending)
     Teacher(pipeline)
     assert pipeline.net.attn_processors == {"layer": "its own"}
+
+
+def test_numbers_as_keys_stay_numbers() -> None:
+    nested = {"samples": {2: torch.ones(1), 5: [torch.zeros(2)]}, "names": {"a": torch.ones(3)}}
+    flat = flatten(nested)
+    assert set(flat) == {"samples{2}", "samples{5}[0]", "names.a"}
+    back = unflatten(flat)
+    assert list(back["samples"]) == [2, 5] and torch.equal(back["samples"][5][0], torch.zeros(2)) and list(back["names"]) == ["a"]
+
+
+def test_nan_is_no_agreement() -> None:
+    teacher = Teacher(made(RaggedPipe, RaggedNet))
+    teacher.backbone.outer.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
+    with pytest.raises(UserError, match="differs from its backbone by nan"):
+        teacher.check(float("inf"))
 
 
 def test_a_scheduler_needs_no_method_called_step() -> None:

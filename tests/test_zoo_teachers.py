@@ -34,6 +34,13 @@ QUICK = {
     "StableCascadePriorPipeline": "a cosine schedule in continuous time",
     "ConsistencyModelPipeline": "EDM's preconditioning",
     "QwenImage21Pipeline": "an override",
+    "Cosmos3OmniPipeline": "one sample per call, one time per token",
+    "UniDiffuserPipeline": "a state in two parts; a null condition of noise",
+    "StableDiffusionAttendAndExcitePipeline": "attention maps that are read between the calls",
+    "StableDiffusionParadigmsPipeline": "another method of the scheduler; students go home in another class",
+    "HunyuanVideo15Pipeline": "guidance in a component",
+    "Kandinsky6TI2VAPipeline": "two states",
+    "ZImageControlNetPipeline": "a mapping with numbers for keys",
 }
 ROWS = {row["name"]: row for row in checked()}
 

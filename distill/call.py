@@ -175,9 +175,10 @@ def first_tensor(output: Any, batch: int | None = None) -> Tensor:
 
 
 def all_tensors(output: Any, rows: int) -> Tensor:
-    """The tensors of a backbone's answer that have so many rows, one after another: (rows, all of their elements)."""
+    """The tensors of a backbone's answer that have so many rows, one after another: (rows, all of their elements); the first
+    tensor, if there are no two such."""
     leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.dim() > 1 and len(v) == rows]
-    return torch.cat([v.flatten(1) for v in leaves], 1)
+    return torch.cat([v.flatten(1) for v in leaves], 1) if len(leaves) > 1 else first_tensor(output, rows)
 
 
 _PART = re.compile(r"\.([^.\[({]+)|\[(\d+)\]|\((\d+)\)|\{(\d+)\}")

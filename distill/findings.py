@@ -272,13 +272,18 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
     known = {*convention.varying, *layouts, *convention.constants}
     copies = 2 // len(calls)
     if copies == 2 and not found.batched:  # what did not double with the samples only looked as if it were theirs (two rows of positions)
-        single = {k for k, v in layouts.items() if v.kind == "stacked" and isinstance(told[0].get(k), Tensor) and told[0][k].shape[v.axis] == v.rows}
-        layouts |= {k: Layout("shared") for k in single - convention.varying}
+        single = {k for k, v in layouts.items() if k not in convention.varying and _rows(told[0].get(k), v) == v.rows}
+        layouts |= {k: Layout("shared") for k in single}
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
             layouts[path] = Layout("stacked", 0, max(1, len(value) // copies)) if value.dim() and len(value) % copies == 0 else Layout("shared")
     constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith((f"{k}.", f"{k}{{")) for path in layouts)}
     return _with_call(found, layouts=layouts, constants=constants)
+
+
+def _rows(value: Any, layout: Layout) -> int | None:
+    """How many rows of samples a tensor has."""
+    return value.shape[layout.axis] if layout.kind == "stacked" and isinstance(value, Tensor) and value.dim() else None
 
 
 def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) -> Findings:

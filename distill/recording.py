@@ -148,7 +148,7 @@ def record(
             if wanted is not None:
                 result = _replaced(result, wanted)
             done.result = _first(result).clone()
-            if _at_once(recording.steps, done):
+            if recording.scheduler is not self and _at_once(recording.steps, done):  # a scheduler for each of two states
                 recording.steps[-1] = recording.steps[-1].joined(done)
             else:
                 recording.steps.append(done)

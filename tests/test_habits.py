@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from distill.batching import takes_several
 from distill.call import flatten, unflatten
 from distill.errors import UserError
+from distill.export.assembly import assemble
+from distill.methods.dmd2 import DMD2
 from distill.overrides import Override
 from distill.recording import schedulers, stepping_methods
+from distill.roles import build_roles
 from distill.running import after_steps
+from distill.student import Student
 from distill.teacher import Teacher
 
 
@@ -280,6 +284,10 @@ def test_guidance_that_belongs_to_a_component() -> None:
     assert teacher.guidance is not None and (teacher.guidance.argument, teacher.guidance.rule) == ("guider.guidance_scale", "plain")
     assert teacher.reproduce(4) <= 1e-6 and teacher.reproduce(4, 3.0) <= 1e-6
     assert guider.guidance_scale == 5.0  # as the user has set it
+    method = DMD2(guidance_scale=3.0)
+    roles, _ = build_roles(teacher, method.roles)
+    exported = assemble(Student(teacher, roles.student, method.sampler()), roles.student.backbone, teacher.pipeline.scheduler)
+    assert exported.guider.guidance_scale == exported.guider.config.guidance_scale == 1.0  # it is in the student's weights
 
 
 class WindowPipe(Pipe):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill.batching import takes_several
 from distill.call import flatten, same
-from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat, same_shapes
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
@@ -372,8 +372,7 @@ class Teacher:
         condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
         if self.guidance is not None and guidance != 1:
             told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
-            first, *later_ones = (c.unconditional() for c in told)
-            if any(same_shapes(first, c) and not same(first.values, c.values) for c in later_ones):  # noise, say, in place of text
+            if all(_samples(c) == 1 for c in told) and any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
                 steps_told = zip(visited, told, strict=True)
                 return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in steps_told)
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
@@ -382,6 +381,11 @@ class Teacher:
 
 
 REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
+
+
+def _samples(condition: Condition) -> int:
+    """The most samples that an argument has an entry for."""
+    return max((len(v) for v in (condition.null or {}).values()), default=1)
 
 
 def _largest(differences: Iterable[float]) -> float:

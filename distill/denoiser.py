@@ -234,22 +234,29 @@ class BackboneDenoiser(Denoiser):
         return list(self.named_parameters().values())
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
-        t = t.to(x_t.device).expand(len(x_t))
+        t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
+        if len(x_t) > 1 and self.call.apart(condition.values):
+            return _together([self.predict(*one, features) for one in _singles(x_t, t, condition)], x_t, t)
         with _catching(self.backbone, features) as caught, self.use():
             output = self.backbone(**self._arguments(x_t, t, condition))
         value, extra = self.call.answer(output, len(x_t)), None
         if value.dim() == x_t.dim() and value.shape[1] > x_t.shape[1]:
             value, extra = value.split([x_t.shape[1], value.shape[1] - x_t.shape[1]], 1)
-        return Prediction(value, self.kind, x_t, t, self.schedule, caught, extra)
+        return Prediction(value, self.kind, x_t, t, self.schedule, self._batched(caught), extra)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
-        t = t.to(x_t.device).expand(len(x_t))
+        t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
+        if len(x_t) > 1 and self.call.apart(condition.values):
+            return _each_cat([self.features(*one, names) for one in _singles(x_t, t, condition)])
         with _catching(self.backbone, names, stop=True) as caught, self.use():
             self.backbone(**self._arguments(x_t, t, condition))
-        return caught
+        return self._batched(caught)
 
-    def _arguments(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> dict[str, Any]:
-        told = condition or Condition()
+    def _batched(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the batch in front, where a network takes one sample and knows no batch: (tokens, channels)."""
+        return {k: v if len(v) == 1 else v.unsqueeze(0) for k, v in features.items()} if self.call.alone else features
+
+    def _arguments(self, x_t: Tensor, t: Tensor, told: Condition) -> dict[str, Any]:
         flat = self.call.arguments(x_t, self.schedule.model_time(t), told.values, self.dtype)
         scale = told.guidance if told.guidance is not None else torch.ones(len(x_t), device=x_t.device)
         if self.call.guidance is not None:
@@ -261,6 +268,24 @@ class BackboneDenoiser(Denoiser):
         for companion in self.companions:
             flat |= companion.outputs(x_t, self.schedule.model_time(t), told.values, self.dtype)
         return unflatten(flat)
+
+
+def _singles(x_t: Tensor, t: Tensor, condition: Condition) -> Iterator[tuple[Tensor, Tensor, Condition]]:
+    """A batch as batches of one."""
+    for i in range(len(x_t)):
+        yield x_t[i : i + 1], t[i : i + 1], condition[i : i + 1]
+
+
+def _together(singles: Sequence[Prediction], x_t: Tensor, t: Tensor) -> Prediction:
+    """What was predicted for each sample of a batch by itself."""
+    first = singles[0]
+    extra = None if first.extra is None else torch.cat([p.extra for p in singles if p.extra is not None])
+    value = torch.cat([p.value for p in singles])
+    return Prediction(value, first.kind, x_t, t, first.schedule, _each_cat([p.features for p in singles]), extra)
+
+
+def _each_cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

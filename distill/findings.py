@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from distill.call import Affine, Layout, flatten, same
 from distill.denoiser import Companion
@@ -37,6 +38,7 @@ class Guidance:
     calls: int  #: of the backbone per step
     conditional: int  #: which of the two answers is the conditional one
     rule: str  #: how it combines them (``guidance.RULES``)
+    skipped: int = 0  #: calls before these in each step whose answers it does not combine: it looks at attention maps, say
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def probe(runner: Runner, override: Override) -> Findings:
 def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Findings:
     network, one = _first_run(runner, override, off)
     backbone, steps = networks(runner.pipeline)[network], one.steps_of(network)
+    _check_steps(steps)
     others = {c.network for s in one.steps for c in s.calls[-1:]} - {network}
     if len(steps) < 2:
         raise NotUnderstood(f"it denoises with {', '.join(sorted(others | {network}))} in turn" if others else f"it made {len(steps)} steps only", "network")
@@ -116,7 +119,7 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
     try:
-        understood = understand(backbone, network, one, two, other, override)
+        understood, two = _understand(backbone, network, one, two, other, override)
     except NotUnderstood:
         found = find_preconditioned(backbone, network, one, two, other, override)
         if found is None:
@@ -132,6 +135,20 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
             run = runner.run([runner.placeholder], off, steps=ENOUGH_STEPS, compute=1, lenient=True, stop=after_steps(ENOUGH_STEPS, network))
             walk = replace(walk, floor=find_floor(walk, understood, network, run))
     return Findings(network, backbone, understood, companions, walk, one, template, two is not None, off)
+
+
+def _check_steps(steps: Sequence[Step]) -> None:
+    """Whether these are steps of a noisy sample, one at a time.
+
+    Raises:
+        ValueError, NotUnderstood: if they are not.
+    """
+    for step in steps:
+        if not step.sample.is_floating_point():
+            raise ValueError("its state is a grid of tokens (integers), not a noisy sample; discrete diffusion cannot be a teacher here")
+        if len(step.timestep.unique()) > 1:
+            told = ", ".join(f"{float(t):g}" for t in step.timestep.unique(sorted=True))
+            raise NotUnderstood(f"its scheduler makes several steps at once (timesteps {told}): give its call the argument for one at a time", "call")
 
 
 def _first_run(runner: Runner, override: Override, off: dict[str, float]) -> tuple[str, Recording]:
@@ -165,6 +182,30 @@ def _multiplies(one: NetworkCall, two: NetworkCall) -> bool:
     number of prompts, and are asked one by one."""
     a, b = flatten(one.arguments), flatten(two.arguments)
     return any(isinstance(v, Tensor) and v.dim() > 1 and isinstance(b.get(k), Tensor) and len(b[k]) == 4 * len(v) for k, v in a.items())
+
+
+def _understand(
+    backbone: nn.Module, network: str, one: Recording, two: Recording | None, other: Recording | None, override: Override,
+) -> tuple[Understanding, Recording | None]:
+    """The calling convention; and the recording of two inputs, unless the pipeline made one sample of them."""
+    problem: NotUnderstood | None = None
+    if two is not None:
+        try:
+            understood = understand(backbone, network, one, two, other, override)
+            if _doubles(understood, one.first_calls(network)[-1], two.first_calls(network)[-1]):
+                return understood, two
+        except NotUnderstood as error:
+            problem = error
+    try:
+        return understand(backbone, network, one, None, other, override), None
+    except NotUnderstood as error:
+        raise problem or error from None
+
+
+def _doubles(understood: Understanding, one: NetworkCall, two: NetworkCall) -> bool:
+    """Whether two inputs make two samples: some pipelines take a list of prompts for a single long one."""
+    a, b = (pytree.tree_leaves(flatten(c.arguments, understood.whole).get(understood.call.state)) for c in (one, two))
+    return sum(v.numel() for v in b if isinstance(v, Tensor)) == 2 * sum(v.numel() for v in a if isinstance(v, Tensor))
 
 
 def _find_companions(
@@ -208,8 +249,8 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
         if recording is None:  # it refuses to be guided without one
             continue
         step = recording.steps_of(found.network)[0]
-        calls = step.calls_of(found.network)
-        answers = [answer for c in calls for answer in _answers(found, c)]
+        everything = step.calls_of(found.network)
+        calls, answers = _combined(found, everything)
         guided = _as_backbone_says(found, step)
         if len(answers) == 1:
             found = _with_embedded(found, name, off, calls[0])
@@ -217,7 +258,7 @@ def _with_guidance(found: Findings, runner: Runner) -> Findings:
             tolerance = 1e-4 if guided.dtype == torch.float32 else 2e-2
             rule = find_rule(answers, guided, PROBE_GUIDANCE, tolerance, found.sample_shape[0])
             if rule is not None:
-                guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0])
+                guidance = Guidance(name, off, 2 // len(calls), len(calls), rule[1], rule[0], len(everything) - len(calls))
                 runner.negative = negative
                 found = _with_call(_with_null_conditions(found, calls), conditional=rule[1] if len(calls) == 1 else 1)
     return replace(found, guidance=guidance)
@@ -234,11 +275,20 @@ def _as_backbone_says(found: Findings, step: Step) -> Tensor:
     return walk.own.convert(given, found.single(told.scaled), t, walk.recorded_kind, kind).to(step.model_output.dtype)
 
 
+def _combined(found: Findings, calls: Sequence[NetworkCall]) -> tuple[Sequence[NetworkCall], list[Tensor]]:
+    """The last calls of a step that give two answers, and these; all of them, if there are none such."""
+    answers = [_answers(found, c) for c in calls]
+    for skipped in range(len(calls)):
+        if sum(map(len, answers[skipped:])) == 2:
+            return calls[skipped:], [a for each in answers[skipped:] for a in each]
+    return calls, [a for each in answers for a in each]
+
+
 def _answers(found: Findings, call: NetworkCall) -> list[Tensor]:
     """The model outputs in one call's answer to one input, one per copy of the batch."""
     convention, whole = found.understood.call, found.understood.whole
     rows = len(flatten(call.arguments, whole)[convention.state])
-    parts = per_copy_answer(call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
+    parts = per_copy_answer(convention, call.output, 1, max(1, rows // convention.layouts[convention.state].rows))
     return [convention.model_output(p) for p in parts]
 
 
@@ -256,13 +306,21 @@ def _with_null_conditions(found: Findings, calls: Sequence[NetworkCall]) -> Find
             layouts[path] = Layout("stacked", 0, len(value))
         elif len(guided) == 2 and any(not same(value, g) for g in guided):
             layouts[path] = Layout("shared")
-    known = {convention.state, convention.guidance, *convention.times, *layouts, *convention.constants}
+    known = {*convention.varying, *layouts, *convention.constants}
     copies = 2 // len(calls)
+    if copies == 2 and not found.batched:  # what did not double with the samples only looked as if it were theirs (two rows of positions)
+        single = {k for k, v in layouts.items() if k not in convention.varying and _rows(told[0].get(k), v) == v.rows}
+        layouts |= {k: Layout("shared") for k in single}
     for path, value in told[0].items():  # a mask, say, that only prompts of two lengths need
         if path not in known and isinstance(value, Tensor):
             layouts[path] = Layout("stacked", 0, max(1, len(value) // copies)) if value.dim() and len(value) % copies == 0 else Layout("shared")
-    constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith(f"{k}.") for path in layouts)}
+    constants = {k: v for k, v in convention.constants.items() if k not in layouts and not any(path.startswith((f"{k}.", f"{k}{{")) for path in layouts)}
     return _with_call(found, layouts=layouts, constants=constants)
+
+
+def _rows(value: Any, layout: Layout) -> int | None:
+    """How many rows of samples a tensor has."""
+    return value.shape[layout.axis] if layout.kind == "stacked" and isinstance(value, Tensor) and value.dim() else None
 
 
 def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) -> Findings:
@@ -273,7 +331,7 @@ def _with_embedded(found: Findings, name: str, off: float, call: NetworkCall) ->
     plain = flatten(found.recorded.first_calls(found.network)[-1].arguments, whole)
     for path, value in flatten(call.arguments, whole).items():
         before = plain.get(path)
-        if path in (convention.state, convention.guidance, *convention.times) or not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        if path in convention.varying or not isinstance(value, Tensor) or not isinstance(before, Tensor):
             continue
         if value.numel() == before.numel() == 1 and float(value) != float(before):
             scale = (float(value) - float(before)) / (PROBE_GUIDANCE - off)

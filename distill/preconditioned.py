@@ -138,7 +138,7 @@ def find_floor(walk: Walk, found: Understanding, network: str, recording: Record
     for step in recording.steps_of(network):
         call = step.calls_of(network)[-1]
         answer = call.output if call.output is not None else answer
-        said = found.call.model_output(per_copy_answer(answer, 1, found.copies)[found.kept])
+        said = found.call.model_output(per_copy_answer(found.call, answer, 1, found.copies)[found.kept])
         t = walk.at(step.timestep.reshape(-1)[:1])
         sigma = float(walk.schedule.sigma(t.double()))
         exact = walk.schedule.convert(said, one_sample(step.scaled), t, found.kind, walk.kind)

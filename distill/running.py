@@ -85,7 +85,7 @@ class Runner:
         """The settings that may switch guidance off, the likelier first: 1 for most pipelines, 0 for some."""
         if override.guidance is not None:
             return [{override.guidance: 1.0 if override.guidance_off is None else override.guidance_off}]
-        names = [n for n in GUIDANCE_NAMES if n in self.parameters]
+        names = [n for n in GUIDANCE_NAMES if n in self.parameters] + guiders(self.pipeline)
         others = {n: off for n, off in OTHER_GUIDANCE.items() if n in self.parameters}
         return [dict.fromkeys(names, 1.0) | others] + ([dict.fromkeys(names, 0.0) | others] if names else [])
 
@@ -99,7 +99,7 @@ class Runner:
             lenient: errors after the first step are not of interest: they are the decoder's.
             settings: of ``recording.record``.
         """
-        arguments: dict[str, Any] = dict(self.call) | dict(guidance)
+        arguments: dict[str, Any] = dict(self.call) | {k: v for k, v in guidance.items() if "." not in k}
         if self.steps_name in self.parameters:
             arguments[self.steps_name] = steps
         if "generator" in self.parameters and "generator" not in arguments:
@@ -115,7 +115,7 @@ class Runner:
             arguments[count] = len(inputs)
         if negative is not None and None not in negative and "negative_prompt" in self.parameters and self.input_name == "prompt":
             arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
-        with torch.no_grad(), self.awake(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
+        with torch.no_grad(), self.awake(), torch.random.fork_rng(), _set(self.pipeline, guidance), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
                 recording.result = self.pipeline(**arguments)
@@ -134,6 +134,27 @@ def exact() -> Iterator[None]:
     now = torch.backends.cudnn
     with now.flags(enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False):
         yield
+
+
+def guiders(pipeline: Any) -> list[str]:
+    """Guidance that belongs to a component in place of the call: ``guider.guidance_scale``."""
+    return [f"{name}.guidance_scale" for name, c in pipeline.components.items() if hasattr(c, "guidance_scale") and hasattr(c, "num_conditions")]
+
+
+@contextmanager
+def _set(pipeline: Any, guidance: Mapping[str, float]) -> Iterator[None]:
+    """The settings among these that belong to components, for the time of the block."""
+    before = []
+    for path, value in guidance.items():
+        name, dot, attribute = path.partition(".")
+        if dot:
+            before.append((pipeline.components[name], attribute, getattr(pipeline.components[name], attribute)))
+            setattr(pipeline.components[name], attribute, value)
+    try:
+        yield
+    finally:
+        for component, attribute, value in before:
+            setattr(component, attribute, value)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -9,24 +9,25 @@ teacher that does not agree.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.call import flatten
+from distill.batching import takes_several
+from distill.call import flatten, same
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser, cat
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
-from distill.latents import Autoencoder, find_autoencoder
+from distill.latents import Autoencoder, Decoding, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
-from distill.recording import Recording, Step, networks, sigma_at
-from distill.running import PROBE_STEPS, Runner, before_calls, exact
+from distill.recording import Recording, Step, networks, sigma_at, take_step
+from distill.running import PROBE_STEPS, Runner, after_steps, before_calls, exact
 from distill.schedule import Kind
 from distill.walk import Walk
 
@@ -47,7 +48,7 @@ class Teacher:
 
     def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
         self.pipeline, name = pipeline, type(pipeline).__name__
-        override = override or find_override(None, name)
+        override = self.override = override or find_override(None, name)
         modules = [c for c in getattr(pipeline, "components", {}).values() if isinstance(c, nn.Module)]
         if not modules:
             raise UserError(f"{name} has no backbone: it cannot be a teacher")
@@ -68,6 +69,11 @@ class Teacher:
         self.guidance = found.guidance
         companions = [companion for companion, _ in found.companions]
         self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
+        if not found.batched:
+            _, x, t, told = next(self._recorded())
+            others = [told] if self.guidance is None else [told, self.condition([self.placeholder()]).unconditional()]
+            if not all(takes_several(self.denoiser, x, t, Condition(told.values), Condition(other.values)) for other in others):
+                self.denoiser.call = replace(self.denoiser.call, alone=True)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -169,8 +175,11 @@ class Teacher:
         if guidance is None:
             return self._plain_condition(entries)
         told = found.off | {guidance.argument: PROBE_GUIDANCE}  # any at which the pipeline encodes the null condition, too
-        recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
-        parts = self._values(recording, guidance.copies, batch)
+        recording = self._first_calls(entries, told, guidance.skipped + guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        return self._guided_condition(recording, guidance, batch)
+
+    def _guided_condition(self, recording: Recording, guidance: Guidance, batch: int) -> Condition:
+        parts = self._values(recording, guidance.copies, batch, guidance.skipped)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
 
     def _plain_condition(self, entries: list[Any]) -> Condition:
@@ -183,10 +192,29 @@ class Teacher:
         self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str | None] | None = None, steps: int = PROBE_STEPS,
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
-        found = self._found
-        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=found.answers)
+        return self._dry(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, self._found.network))
 
-    def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
+    def _dry(self, entries: Sequence[Any], guidance: Mapping[str, Any], **settings: Any) -> Recording:
+        """A run in which the backbone answers without being computed, unless the pipeline looks inside it."""
+        try:
+            return self._runner.run(entries, guidance, answers=self._found.answers, **settings)
+        except Decoding:
+            raise
+        except Exception:
+            if not self.looks_inside:
+                raise
+            return self._runner.run(entries, guidance, **settings)
+
+    @cached_property
+    def looks_inside(self) -> bool:
+        """Whether the pipeline reads more of its backbone than the answer (attention maps), so that it has to be computed."""
+        try:
+            self._runner.run([self.placeholder()], self._found.off, stop=after_steps(1, self._found.network), answers=self._found.answers)
+        except Exception:  # whatever a pipeline says that misses something
+            return True
+        return False
+
+    def _values(self, recording: Recording, copies: int, batch: int, skipped: int = 0) -> list[dict[str, Tensor | list[Any]]]:
         """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
         found = self._found
         fed = {path for companion, _ in found.companions for path in companion.feeds}
@@ -194,7 +222,7 @@ class Teacher:
         everyone = [("", found.network, found.understood), *((f"{c.name}:", c.name, u) for c, u in found.companions)]
         for prefix, network, understood in everyone:
             singles = [
-                values_of(single, understood, batch) for call in recording.first_calls(network)
+                values_of(single, understood, batch) for call in recording.first_calls(network)[0 if prefix else skipped :]
                 for single in copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, copies)
             ]
             parts = parts or [{} for _ in singles]
@@ -263,7 +291,6 @@ class Teacher:
             visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
         """
         denoiser, rows, walk = self.guided(guidance), self._found.rows, self.walk
-        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
             t = walk.at(timestep.to(x.device), sigma_at(scheduler, timestep))
             if not walk.trivial and not walk.schedule.sigma(t).all():
@@ -271,8 +298,8 @@ class Teacher:
             sample = rows(x)
             scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
             value = walk.for_scheduler(denoiser.predict(walk.state(scaled.reshape(x.shape), t), t, condition))
-            settings = {} if visited is None else visited[i].settings
-            x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
+            method, settings = ("step", {}) if visited is None else (visited[i].method, visited[i].settings)
+            x = take_step(getattr(scheduler, method), rows(value), timestep, sample, generator, settings).reshape(x.shape)
         return x
 
     # -- images -----------------------------------------------------------------------------------------------------
@@ -286,10 +313,11 @@ class Teacher:
 
         def run(x0: Tensor) -> Any:
             def final(step: Step) -> Tensor | None:
-                return found.rows(x0) if step.calls_of(found.network) else None
+                first = x0.flatten(1)[:, : step.sample.numel()]  # of two states, what is decoded
+                return first.reshape(step.sample.shape) if step.calls_of(found.network) else None
 
             arrays = {"output_type": "np"} if "output_type" in self._runner.parameters else {}
-            return self._runner.run([self.placeholder()], {**found.off, **arrays}, answers=found.answers, override=final).result
+            return self._dry([self.placeholder()], {**found.off, **arrays}, override=final).result
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
@@ -326,15 +354,9 @@ class Teacher:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst, found = 0.0, self._found
-        as_recorded = self.walk.recorded
-        off = next(iter(found.off.values()), 1.0)
-        for step in found.recorded.steps_of(found.network):
-            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
-            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
-            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
-            mine, recorded = self.denoiser.predict(found.single(step.scaled), t, told), found.single(step.model_output)
-            worst = max(worst, _difference(as_recorded(mine), recorded))
+        single, as_recorded = self._found.single, self.walk.recorded
+        replayed = ((as_recorded(self.denoiser.predict(x, t, told)), step) for step, x, t, told in self._recorded())
+        worst = _largest(_difference(mine, single(step.model_output)) for mine, step in replayed)
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -342,14 +364,23 @@ class Teacher:
             )
         return worst
 
+    def _recorded(self) -> Iterator[tuple[Step, Tensor, Tensor, Condition]]:
+        """The recorded steps with what the ``Denoiser`` is to be given for them."""
+        found = self._found
+        off = next(iter(found.off.values()), 1.0)
+        for step in found.recorded.steps_of(found.network):
+            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
+            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
+            yield step, found.single(step.scaled), t, Condition(values, guidance=torch.full((1,), off, device=self.device))
+
     @torch.no_grad()
     @exact()
     def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
         """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
         sample's largest value (but at least 1).
 
-        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), each step starts
-        from the pipeline's own.
+        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), or draws a new
+        null condition for each, each step starts from the pipeline's own.
         """
         found, single = self._found, self._found.single
         arguments = dict(found.off)
@@ -367,12 +398,27 @@ class Teacher:
         visited = recording.steps_of(found.network)
         encode = self.condition if guidance != 1 else self._plain_condition
         condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
+        if self.guidance is not None and guidance != 1:
+            told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
+            if all(_samples(c) == 1 for c in told) and any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
+                steps_told = zip(visited, told, strict=True)
+                return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in steps_told)
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
-        return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
+        return _largest(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
 REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
+
+
+def _samples(condition: Condition) -> int:
+    """The most samples that an argument has an entry for."""
+    return max((len(v) for v in (condition.null or {}).values()), default=1)
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is (``max`` would pass it over)."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
 def _difference(mine: Tensor, theirs: Tensor) -> float:

@@ -59,12 +59,14 @@ def describe(teacher: Teacher) -> list[tuple[str, str]]:
         ("schedule", f"{type(denoiser.schedule).__name__}, from {type(teacher.scheduler(5)).__name__}"),
         *_loop(teacher.walk),
         ("sample", "×".join(map(str, teacher.sample_shape))),
-        ("state", f"{call.state}" + (f", {type(call.enter).__name__.lower()}" if call.enter else "")),
+        ("state", ", ".join([call.state, *call.others]) + (f", {type(call.enter).__name__.lower()}" if call.enter else "")),
         ("time", ", ".join(f"{k} = {_affine(v)}" for k, v in call.times.items())),
         ("input", teacher.input_name or "none"),
         ("conditions", shapes),
         ("guidance", guidance),
     ]
+    if call.alone:
+        found.append(("batch", "one sample per call of the network: a batch is computed sample by sample"))
     if denoiser.companions:
         found.append(("with it", ", ".join(f"{c.name}: {type(c.module).__name__}" for c in denoiser.companions)))
     found.append(("replayed", f"difference of at most {teacher.check(float('inf')):.1e}"))

@@ -22,6 +22,7 @@ from distill.export.files import VARIANTS, check_shard_size, read_facts, set_att
 from distill.export.lora import export_lora
 from distill.export.proof import prove, reload
 from distill.export.schedulers import NoStockScheduler, choose
+from distill.export.tied import untied
 from distill.loading import FACTS, FEW_STEP_FILE, load_pipeline, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
@@ -159,7 +160,7 @@ def load_export(folder: Path, **options: Any) -> Any:
 
 def _save(pipeline: Any, folder: Path, format: Format) -> bool:
     """Weights, configurations and the code of classes that no library has; whether there was such code."""
-    with quiet():
+    with quiet(), untied(pipeline):
         try:
             pipeline.save_pretrained(folder, safe_serialization=True, variant=format.variant, max_shard_size=format.max_shard_size)
         except (ValueError, NotImplementedError) as error:

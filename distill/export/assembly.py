@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from distill.errors import UserError
+from distill.export.calls import call_guidance
 from distill.loading import SHIPPED_PIPELINES, quiet, shipped_pipeline
 from distill.resources import resource
 from distill.student import Student
@@ -32,7 +33,8 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
         null = pipeline.config.get("null_class")
         made = shipped_pipeline("UNet2DPipeline")(backbone, scheduler, num_inference_steps=student.sampler.steps, guidance_scale=1.0, null_class=null)
     else:
-        made = remake(type(pipeline), pipeline, {**pipeline.components, student.teacher.backbone_name: backbone, student.teacher.scheduler_name: scheduler})
+        guiding, backbone_name, scheduler_name = _guiders_off(student), student.teacher.backbone_name, student.teacher.scheduler_name
+        made = remake(_class_of(student), pipeline, {**pipeline.components, **guiding, backbone_name: backbone, scheduler_name: scheduler})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -40,6 +42,22 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
 def own_scheduler(student: Student) -> Any:
     """The teacher's own scheduler: in a cascade, that of the stage that is distilled."""
     return student.teacher.pipeline.components[student.teacher.scheduler_name]
+
+
+def _class_of(student: Student) -> type[Any]:
+    """The pipeline's class, or that of diffusers which its override names for students."""
+    import diffusers
+
+    name = student.teacher.override.student
+    return type(student.teacher.pipeline) if name is None else getattr(diffusers, name)
+
+
+def _guiders_off(student: Student) -> dict[str, Any]:
+    """The components that guide, with their guidance off or as the student was trained for it."""
+    scales = {path.partition("."): off for path, off in student.teacher.settings["off"].items() if "." in path}
+    trained = student.sampler.guidance_range is not None
+    wanted = {name: {attribute: call_guidance(student.sampler) if trained else off} for (name, _, attribute), off in scales.items()}
+    return {name: student.teacher.pipeline.components[name].new(**setting) for name, setting in wanted.items()}
 
 
 def is_pixel_unet(pipeline: Any) -> bool:

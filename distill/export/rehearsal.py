@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,9 @@ class Rehearsal:
         trace, student = Trace(), self.student
         backbone = getattr(pipeline, student.teacher.backbone_name)
         arguments = call_arguments(student, pipeline, probe_inputs(student), steps, plain) | extra
-        with seeded() as generator, self._remembering(backbone), watching(getattr(pipeline, student.teacher.scheduler_name), steps, trace, made_up=True):
+        remembering = nullcontext() if student.teacher.looks_inside else self._remembering(backbone)
+        scheduler = getattr(pipeline, student.teacher.scheduler_name)
+        with seeded() as generator, remembering, watching(scheduler, steps, trace, made_up=True):
             try:
                 with quiet():  # schedulers warn of timesteps that they did not choose themselves
                     pipeline(**arguments, generator=generator)

@@ -163,6 +163,7 @@ class Denoiser(ABC):
 
     schedule: NoiseSchedule
     kind: Kind  #: the native parameterisation, in which losses on a critic are taken
+    guidance_rule: str = "plain"  #: how its pipeline combines a conditional and an unconditional answer, see guidance.py
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:

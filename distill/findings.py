@@ -118,6 +118,8 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
+    if other is not None:
+        _check_told(network, one, other)
     try:
         understood, two = _understand(backbone, network, one, two, other, override)
     except NotUnderstood:
@@ -135,6 +137,17 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
             run = runner.run([runner.placeholder], off, steps=ENOUGH_STEPS, compute=1, lenient=True, stop=after_steps(ENOUGH_STEPS, network))
             walk = replace(walk, floor=find_floor(walk, understood, network, run))
     return Findings(network, backbone, understood, companions, walk, one, template, two is not None, off)
+
+
+def _check_told(network: str, one: Recording, other: Recording) -> None:
+    """Whether the network is told of the prompt at all.
+
+    Raises:
+        NotUnderstood: if its calls for two prompts are the same: the unconditional one of two networks, for instance.
+    """
+    calls = [r.first_calls(network)[-1] for r in (one, other)]
+    if same(*(flatten(c.arguments) for c in calls)):
+        raise NotUnderstood(f"the calls of {network} do not depend on the prompt: name the network that is told of it", "network")
 
 
 def _check_steps(steps: Sequence[Step]) -> None:

@@ -62,10 +62,16 @@ class Guided(Denoiser):
 
     A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample. The halves of the batch lie as in
     the pipeline's: diffusers' OmniGen takes the first row's positions for all.
+
+    Args:
+        rule: how the two answers are combined. If not given, the teacher's own, in the field's own scale (1: off): a shifted
+            rule is the plain one with another scale.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain") -> None:
+    def __init__(self, denoiser: Denoiser, scale: float, rule: str | None = None) -> None:
         self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
+        if rule is None:
+            rule = "plain" if denoiser.guidance_rule == "shifted" else denoiser.guidance_rule
         self.rule = RULES[rule]
         self.off = 0.0 if rule == "shifted" else 1.0
         self.conditional: int = getattr(getattr(denoiser, "call", None), "conditional", 1)

@@ -69,6 +69,8 @@ class Teacher:
         self.guidance = found.guidance
         companions = [companion for companion, _ in found.companions]
         self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
+        if found.guidance is not None:
+            self.denoiser.guidance_rule = found.guidance.rule
         if not found.batched:
             _, x, t, told = next(self._recorded())
             others = [told] if self.guidance is None else [told, self.condition([self.placeholder()]).unconditional()]

@@ -25,7 +25,7 @@ from distill.walk import Walk
 
 SEEN_STEPS = 3  #: of a recording are computed: two timesteps differ, even where a solver visits one twice
 PROBE_GUIDANCE = 3.0
-LONGER_PROMPT = "a photograph of two"
+LONGER_PROMPT = "two trees on a small hill"
 
 
 @dataclass(frozen=True)

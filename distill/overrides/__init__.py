@@ -32,7 +32,7 @@ _CACHED = "the first step fills a cache of the text's keys and values, which the
 _ENLARGED = "its last stage is a super-resolution with two networks: what is distilled is the decoder"
 OVERRIDES: dict[str, Override] = {
     "Ideogram4Pipeline": Override(
-        network="transformer", guidance="guidance_scale", guidance_off=1.0, why="it is guided by a second network; what is distilled is the first one, unguided",
+        network="transformer", guidance="guidance_scale", guidance_off=1.0, why="a second network guides it: what is distilled is the first one, unguided",
     ),
     "QwenImage21Pipeline": Override(constants={"kv_cache": None, "kv_cache_mode": None}, why=_CACHED),
     "StableDiffusionAttendAndExcitePipeline": Override(

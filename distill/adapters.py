@@ -56,6 +56,7 @@ class Adapters:
         backbone.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+            warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # they are merged on the whole teacher
             for name in names:
                 inject_adapter_in_model(config, backbone, adapter_name=name)
         self.layers: list[Any] = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
@@ -89,6 +90,28 @@ class Adapters:
             yield
         finally:
             self._activate(before)
+
+    @contextmanager
+    def mixed(self, parts: Sequence[tuple[str | None, int]]) -> Iterator[None]:
+        """For forwards without gradients on a batch of several parts, (adapter, samples) each; None: the bare backbone.
+
+        A layer inside may have several rows per sample, one sample's after another's.
+        """
+        total = sum(samples for _, samples in parts)
+
+        def names(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            rows = len(args[0])
+            if rows % total:
+                raise ValueError(f"a layer computes {rows} rows for {total} samples, and which adapter each wants cannot be told")
+            return args, kwargs | {"adapter_names": [name or "__base__" for name, samples in parts for _ in range(samples * (rows // total))]}
+
+        handles = [layer.register_forward_pre_hook(names, with_kwargs=True) for layer in self.layers]
+        try:
+            with self.using(next(name for name, _ in parts if name is not None)):  # any: the names decide
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def use(self, adapter: str | None) -> Callable[[], Any]:
         """A context for one forward; None: the bare backbone."""

@@ -8,6 +8,7 @@ are as good as unique, so *where* each of them went can be read off: nothing is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,9 +123,16 @@ def find_part(source: Tensor, target: Tensor) -> Arrangement | None:
     return None if index is None or bool((index < 0).any()) else Gather(index, tuple(target.shape[1:]))
 
 
+def covers(parts: Sequence[Arrangement], source: Tensor) -> bool:
+    """Whether parts of a source (1, ...) together take each of its elements once."""
+    numbers = torch.arange(source.numel()).reshape(source.shape)
+    taken = torch.cat([part(numbers).flatten() for part in parts])
+    return torch.equal(taken.sort().values, numbers.flatten())
+
+
 def _slice(small: Tensor, large: Tensor) -> tuple[int, int, Tensor] | None:
     """(dimension, start, the small tensor as it lies there), where it is one slice of the large one."""
-    for view in _views(small, large):
+    for view in views(small, large):
         dim = next(d for d in range(large.dim()) if view.shape[d] != large.shape[d])
         for start in range(large.shape[dim] - view.shape[dim] + 1):
             if torch.equal(large.narrow(dim, start, view.shape[dim]), view):
@@ -132,7 +140,7 @@ def _slice(small: Tensor, large: Tensor) -> tuple[int, int, Tensor] | None:
     return None
 
 
-def _views(small: Tensor, large: Tensor) -> list[Tensor]:
+def views(small: Tensor, large: Tensor) -> list[Tensor]:
     """The small tensor in the large one's number of dimensions, where they then differ in one dimension only."""
     shapes = [tuple(small.shape)]
     if small.dim() < large.dim():
@@ -140,7 +148,7 @@ def _views(small: Tensor, large: Tensor) -> list[Tensor]:
         shapes = [(*small.shape[:d], *(1,) * ones, *small.shape[d:]) for d in range(1, small.dim() + 1)]
     elif small.dim() > large.dim():
         squeezed = tuple(s for i, s in enumerate(small.shape) if i == 0 or s != 1)
-        shapes = [squeezed]
+        shapes = [squeezed, (len(small), small[0].numel())]
     fitting = []
     for shape in shapes:
         if len(shape) == large.dim():

@@ -1,7 +1,7 @@
 """Which kernel computes a backbone's attention.
 
     sdpa       PyTorch's scaled_dot_product_attention, which chooses among its kernels
-    flash      of these, the flash kernel alone (Dao 2023, arXiv 2307.08691): 16 bit, no masks
+    flash      of these, the flash kernel alone (Dao 2023, arXiv 2307.08691): 16 bit, no masks; in float32, as sdpa
     xformers   xFormers' memory-efficient attention (the extra ``xformers``)
 
 Only the backbone's own attention layers are changed, not those of text encoders and decoders.
@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.errors import UserError
 
@@ -89,14 +89,17 @@ def _with_xformers(layer: Any) -> None:
 
 
 def _with_flash(layer: nn.Module) -> None:
-    """Allow PyTorch's flash kernel alone while the layer runs. By hooks, so that it also holds when a checkpointed block
-    runs again in the backward pass."""
+    """Allow PyTorch's flash kernel alone while the layer runs in 16 bit: under mixed precision a float32 network still
+    samples in float32, outside of training. By hooks, so that it also holds when a checkpointed block runs again in the
+    backward pass."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     entered: list[AbstractContextManager[Any]] = []
 
-    def before(module: nn.Module, args: Any) -> None:
-        context = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        narrow = given.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(given.device.type)
+        context: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if narrow else nullcontext()
         context.__enter__()
         entered.append(context)
 
@@ -104,5 +107,5 @@ def _with_flash(layer: nn.Module) -> None:
         entered.pop().__exit__(None, None, None)
 
     leave: Callable[..., None] = after
-    layer.register_forward_pre_hook(before)
+    layer.register_forward_pre_hook(before, with_kwargs=True)
     layer.register_forward_hook(leave, always_call=True)

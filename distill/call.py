@@ -1,7 +1,7 @@
 """The calling convention of a backbone, as data: which argument takes what, and where the answer lies.
 
-Arguments are named by their path inside the call: ``added_cond_kwargs.time_ids`` is a key of a mapping, ``x[0]`` an entry
-of a list and ``rope(1)`` one of a tuple.
+Arguments are named by their path inside the call: ``added_cond_kwargs.time_ids`` is a key of a mapping (``samples{2}`` where the
+key is a number), ``x[0]`` an entry of a list and ``rope(1)`` one of a tuple.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from distill.arrangement import Arrangement
 
@@ -61,9 +62,16 @@ class Layout:
             return [[entry] for entry in entries]
         if self.kind == "listed":
             return list(entries) if self.rows == 1 else [e for several in entries for e in several]
-        assert isinstance(entries, Tensor)
+        entries = entries if isinstance(entries, Tensor) else torch.stack(entries)
         value = entries if self.rows == 1 else entries.flatten(0, 1)
         return value.movedim(0, self.axis)
+
+
+    def joins(self, entries: Tensor | list[Any]) -> bool:
+        """Whether one call can take these: conditions of one length, or lists of any."""
+        if self.kind == "shared":
+            return all(same(entries[0], e) for e in entries[1:])
+        return self.kind != "stacked" or isinstance(entries, Tensor) or len({e.shape for e in entries}) == 1
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,21 @@ class Call:
     leave: Arrangement | None = None  #: the answer for one sample → the model output; None: as it is
     sign: float = 1.0  #: some pipelines negate the answer
     guidance: str | None = None  #: takes a sinusoidal embedding of the guidance scale (``time_cond_proj_dim``)
+    conditional: int = 1  #: which half of a batch that is doubled for guidance is the conditional one
     embedded: tuple[str, Affine] | None = None  #: takes the guidance scale itself (distilled guidance: Flux and others)
+    others: Mapping[str, Arrangement] = field(default_factory=dict)  #: arguments that take further parts of x_t, where the state takes one part
+    gathered: bool = False  #: the model output lies in all tensors of the answer, one after another, not in the first
+    alone: bool = False  #: a call holds one sample, as one sequence of all its tokens
+
+    @property
+    def varying(self) -> set[str | None]:
+        """The arguments that take x_t, the time or a role's own guidance: no conditions."""
+        return {self.state, self.guidance, *self.others, *self.times}
+
+    def apart(self, values: Values) -> bool:
+        """Whether samples with these conditions need a call each."""
+        conditions = {k: v for k, v in values.items() if k != REST and ":" not in k}
+        return self.alone or any(not self.layouts.get(path, Layout()).joins(entries) for path, entries in conditions.items())
 
     def arguments(self, x_t: Tensor, time: Tensor, values: Values, dtype: torch.dtype) -> dict[str, Any]:
         """The flat keyword arguments for states x_t (batch, ...) at scheduler timesteps ``time`` (batch,)."""
@@ -112,6 +134,10 @@ class Call:
                 flat[path] = layout.join(cast(entries) if isinstance(entries, Tensor) else [cast(e) for e in entries])
         layout = self.layouts.get(self.state, Layout())
         flat[self.state] = layout.join(state if layout.kind == "stacked" else list(state))
+        for path, part in self.others.items():
+            entries = part(x_t.to(dtype))
+            layout = self.layouts.get(path, Layout())
+            flat[path] = layout.join(entries if layout.kind == "stacked" else list(entries))
         for path, affine in self.times.items():
             layout = self.layouts.get(path, Layout())
             value = affine(time).float()
@@ -122,9 +148,13 @@ class Call:
 
     def answer(self, output: Any, batch: int) -> Tensor:
         """The model output (batch, ...) in what the backbone returned."""
-        value = first_tensor(output, batch)
+        value = self.tensor(output, batch)
         rows = len(value) // batch
         return self.model_output(value if self.leave is None or rows == 1 else value.reshape(batch, rows, *value.shape[1:]))
+
+    def tensor(self, output: Any, rows: int) -> Tensor:
+        """The tensor (rows, ...) of what the backbone returned in which the model output lies."""
+        return all_tensors(output, rows) if self.gathered else first_tensor(output, rows)
 
     def model_output(self, value: Tensor) -> Tensor:
         """The part of an answer (batch, ...) that the scheduler is given, with its sign."""
@@ -145,7 +175,21 @@ def first_tensor(output: Any, batch: int | None = None) -> Tensor:
     return output
 
 
-_PART = re.compile(r"\.([^.\[(]+)|\[(\d+)\]|\((\d+)\)")
+def all_tensors(output: Any, rows: int) -> Tensor:
+    """The tensors of a backbone's answer that have so many rows, one after another: (rows, all of their elements); the first
+    tensor, if there are no two such."""
+    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.dim() > 1 and len(v) == rows]
+    return torch.cat([v.flatten(1) for v in leaves], 1) if len(leaves) > 1 else first_tensor(output, rows)
+
+
+_PART = re.compile(r"\.([^.\[({]+)|\[(\d+)\]|\((\d+)\)|\{(\d+)\}")
+
+
+def key_path(path: str, key: Any) -> str:
+    """The path of a mapping's key."""
+    if isinstance(key, int):
+        return f"{path}{{{key}}}"
+    return f"{path}.{key}" if path else str(key)
 
 
 def flatten(arguments: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str, Any]:
@@ -161,7 +205,7 @@ def flatten(arguments: Mapping[str, Any], whole: Sequence[str] = ()) -> dict[str
             flat[path] = value
         elif isinstance(value, Mapping) and value:
             for key, inner in value.items():
-                visit(inner, f"{path}.{key}" if path else key)
+                visit(inner, key_path(path, key))
         elif type(value) in (list, tuple) and _holds_tensor(value):
             left, right = "[]" if isinstance(value, list) else "()"
             for i, inner in enumerate(value):
@@ -190,6 +234,8 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         kind = next(iter(node))[0]
         if kind == 0:
             return {text: close(inner) for (_, text), inner in node.items()}
+        if kind == 3:
+            return {int(text): close(inner) for (_, text), inner in node.items()}
         entries = [close(inner) for _, inner in sorted(node.items(), key=lambda item: int(item[0][1]))]
         return entries if kind == 1 else tuple(entries)
 

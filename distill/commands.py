@@ -9,10 +9,12 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 from distill import config as configs
@@ -36,6 +38,8 @@ from distill.student import Student
 from distill.teacher import Teacher
 from distill.trainer import Interrupted, Trainer
 
+#: How long processes wait for each other: the first one encodes all of the data. (A launcher ends all when one has failed.)
+PATIENCE = timedelta(hours=24)
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
@@ -65,24 +69,29 @@ def device_of(name: str) -> str:
 def train(config: Config, resume: bool, overwrite: bool) -> int:
     """Train, export, measure and report. Returns the exit code: 0, or 128 + the signal that ended the run."""
     folder = config.output.folder.expanduser()
-    _prepare(folder, config, resume, overwrite)
+    state = PartialState(cpu=config.trainer.device == "cpu", timeout=PATIENCE)
+    if state.is_main_process:
+        _prepare(folder, config, resume, overwrite)
+    state.wait_for_everyone()
     try:
         trainer = Trainer(config, folder, resume)
         exporting.check_forms(trainer.parts.student, config.output.export)
     except UserError:
-        if not resume:
+        if not resume and state.is_main_process:
             _remove_if_empty(folder)
         raise
-    _write_text(folder / "config.yaml", configs.dump(config))
-    steps = config.trainer.steps
-    say(f"training {config.method.name} for {steps - trainer.start:,} steps on {trainer.device} → {folder}")
+    steps, several = config.trainer.steps, f" in {state.num_processes} processes" if state.num_processes > 1 else ""
+    if state.is_main_process:
+        _write_text(folder / "config.yaml", configs.dump(config))
+        say(f"training {config.method.name} for {steps - trainer.start:,} steps on {trainer.device}{several} → {folder}")
     started = time.perf_counter()
     try:
         trainer.fit()
     except Interrupted as stop:
-        say(f"stopped after step {stop.step}, saved; continue with: distill train {folder} --resume")
+        if state.is_main_process:
+            say(f"stopped after step {stop.step}, saved; continue with: distill train {folder} --resume")
         return 128 + stop.signum
-    if not trainer.accelerator.is_main_process:
+    if not state.is_main_process:  # one process exports and measures
         return 0
     seconds = time.perf_counter() - started
     if steps > trainer.start:

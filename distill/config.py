@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
 
 from distill import yamltree
 from distill.errors import UserError
@@ -34,8 +34,9 @@ class Teacher(Section):
     pipeline: str  #: a folder, a hub id (owner/model) or a shipped asset
     steps: Positive = 50  #: of its own sampler, where it is compared with the student
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  #: where it is compared; what the student learns is method.guidance_scale
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantize: Literal["none", "8bit", "4bit"] = "none"  #: its frozen weights, with bitsandbytes; with LoRA the student's backbone is this one
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  #: of its weights, and of all networks' arithmetic; what is trained is kept in float32
+    #: its frozen weights, with bitsandbytes (8bit, 4bit) or torchao (int8, int4, float8); with LoRA the student's backbone is this one
+    quantize: Literal["none", "8bit", "4bit", "int8", "int4", "float8"] = "none"
     revision: str | None = None
     variant: str | None = None
     trust_remote_code: bool = False
@@ -102,10 +103,12 @@ class Trainer(Section):
     batch_size: Positive = 32  #: samples per micro-batch and process
     accumulate: Positive = 1  #: micro-batches per update
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    #: of float32 networks; those of a half-precision teacher compute in its dtype, float16 as with fp16. (YAML reads no as false.)
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda v: "no" if v is False else v)] = "no"
     compile: bool = False  #: torch.compile the backbones
     gradient_checkpointing: bool = False  #: compute activations again in the backward pass: less memory, about a third slower
     offload: bool = False  #: the teacher's (and target's) weights wait on the CPU between uses; no effect where the device is the CPU
+    batched_roles: bool = False  #: one call for teacher and critic together, where adapters share a backbone: more memory
     attention: Literal["default", "sdpa", "flash", "xformers"] = "default"  #: the kernel of the backbones' attention
     log_every: Positive = 20
     sample_every: Annotated[int, Field(ge=0)] = 500  #: steps between sample grids; 0 for none
@@ -346,6 +349,8 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         yield ("trainer", "device"), "there is no CUDA device here: set device: auto or cpu"
     if trainer.mixed_precision == "fp16" and (trainer.device in ("cpu", "mps") or not torch.cuda.is_available()):
         yield ("trainer", "mixed_precision"), "fp16 needs a CUDA device, and none is used here: set mixed_precision: no or bf16"
+    if config.teacher.dtype == "float16" and trainer.mixed_precision == "bf16":
+        yield ("trainer", "mixed_precision"), "bf16 does not go with a float16 teacher: set teacher.dtype: bfloat16, or mixed_precision: fp16"
     if config.teacher.dtype == "float16" and not torch.cuda.is_available():
         yield ("teacher", "dtype"), "float16 needs a CUDA device, and there is none here: use float32 or bfloat16"
     folder = config.output.folder.expanduser()

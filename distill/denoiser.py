@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from distill.call import Call, Values, unflatten
+from distill.masters import Masters
 from distill.schedule import Kind, NoiseSchedule
 
 
@@ -162,6 +163,7 @@ class Denoiser(ABC):
 
     schedule: NoiseSchedule
     kind: Kind  #: the native parameterisation, in which losses on a critic are taken
+    guidance_rule: str = "plain"  #: how its pipeline combines a conditional and an unconditional answer, see guidance.py
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
@@ -210,18 +212,20 @@ class BackboneDenoiser(Denoiser):
         use: entered around each forward; selects the adapter of this role on a shared backbone.
         trained: name → parameter of what training changes; all of the backbone's where None.
         companions: networks that run before each call and whose answers go into it.
+        masters: keeps what is trained in float32 where the network computes in half precision.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
-        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (),
+        trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (), masters: Masters | None = None,
     ) -> None:
-        self.companions = companions
+        self.companions, self.masters = companions, masters
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
         # Quantised weights are integers: the dtype is that of the others.
-        self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
+        with nullcontext() if masters is None else masters.using():
+            self.dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes, by the names that the weights have on disk."""
@@ -231,22 +235,29 @@ class BackboneDenoiser(Denoiser):
         return list(self.named_parameters().values())
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
-        t = t.to(x_t.device).expand(len(x_t))
+        t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
+        if len(x_t) > 1 and self.call.apart(condition.values):
+            return _together([self.predict(*one, features) for one in _singles(x_t, t, condition)], x_t, t)
         with _catching(self.backbone, features) as caught, self.use():
             output = self.backbone(**self._arguments(x_t, t, condition))
         value, extra = self.call.answer(output, len(x_t)), None
         if value.dim() == x_t.dim() and value.shape[1] > x_t.shape[1]:
             value, extra = value.split([x_t.shape[1], value.shape[1] - x_t.shape[1]], 1)
-        return Prediction(value, self.kind, x_t, t, self.schedule, caught, extra)
+        return Prediction(value, self.kind, x_t, t, self.schedule, self._batched(caught), extra)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition | None, names: Sequence[str]) -> Mapping[str, Tensor]:
-        t = t.to(x_t.device).expand(len(x_t))
+        t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
+        if len(x_t) > 1 and self.call.apart(condition.values):
+            return _each_cat([self.features(*one, names) for one in _singles(x_t, t, condition)])
         with _catching(self.backbone, names, stop=True) as caught, self.use():
             self.backbone(**self._arguments(x_t, t, condition))
-        return caught
+        return self._batched(caught)
 
-    def _arguments(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> dict[str, Any]:
-        told = condition or Condition()
+    def _batched(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With the batch in front, where a network takes one sample and knows no batch: (tokens, channels)."""
+        return {k: v if len(v) == 1 else v.unsqueeze(0) for k, v in features.items()} if self.call.alone else features
+
+    def _arguments(self, x_t: Tensor, t: Tensor, told: Condition) -> dict[str, Any]:
         flat = self.call.arguments(x_t, self.schedule.model_time(t), told.values, self.dtype)
         scale = told.guidance if told.guidance is not None else torch.ones(len(x_t), device=x_t.device)
         if self.call.guidance is not None:
@@ -258,6 +269,24 @@ class BackboneDenoiser(Denoiser):
         for companion in self.companions:
             flat |= companion.outputs(x_t, self.schedule.model_time(t), told.values, self.dtype)
         return unflatten(flat)
+
+
+def _singles(x_t: Tensor, t: Tensor, condition: Condition) -> Iterator[tuple[Tensor, Tensor, Condition]]:
+    """A batch as batches of one."""
+    for i in range(len(x_t)):
+        yield x_t[i : i + 1], t[i : i + 1], condition[i : i + 1]
+
+
+def _together(singles: Sequence[Prediction], x_t: Tensor, t: Tensor) -> Prediction:
+    """What was predicted for each sample of a batch by itself."""
+    first = singles[0]
+    extra = None if first.extra is None else torch.cat([p.extra for p in singles if p.extra is not None])
+    value = torch.cat([p.value for p in singles])
+    return Prediction(value, first.kind, x_t, t, first.schedule, _each_cat([p.features for p in singles]), extra)
+
+
+def _each_cat(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def guidance_embedding(scale: Tensor, width: int) -> Tensor:

@@ -6,7 +6,7 @@ its own guided answer with each of these.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,37 +60,65 @@ def find_rule(parts: list[Tensor], guided: Tensor, w: float, tolerance: float, c
 class Guided(Denoiser):
     """A denoiser under guidance, in one batched call of the network.
 
-    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample.
+    A condition with a ``guidance`` of its own overrides the fixed scale, sample by sample. The halves of the batch lie as in
+    the pipeline's: diffusers' OmniGen takes the first row's positions for all.
+
+    Args:
+        rule: how the two answers are combined. If not given, the teacher's own, in the field's own scale (1: off): a shifted
+            rule is the plain one with another scale.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, rule: str = "plain") -> None:
+    def __init__(self, denoiser: Denoiser, scale: float, rule: str | None = None) -> None:
         self.denoiser, self.scale, self.schedule, self.kind = denoiser, scale, denoiser.schedule, denoiser.kind
+        if rule is None:
+            rule = "plain" if denoiser.guidance_rule == "shifted" else denoiser.guidance_rule
         self.rule = RULES[rule]
         self.off = 0.0 if rule == "shifted" else 1.0
+        self.conditional: int = getattr(getattr(denoiser, "call", None), "conditional", 1)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
+        asked = self.asked(x_t, t, condition)
+        if asked is not None:
+            return self.answered(self.denoiser.predict(*asked, features), x_t, t, condition)
+        assert condition is not None  # prompts of different lengths, for a backbone that takes no mask: two calls
+        told = condition.without_guidance()
+        null = self.denoiser.predict(x_t, t, told.unconditional()).value
+        both = self.denoiser.predict(x_t, t, told, features)
+        return self._combined(null, both.value, both.features, both.extra, x_t, t, condition)
+
+    def asked(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, Tensor, Condition | None] | None:
+        """What the network is asked in one call, the halves in the pipeline's own order; None where one call does not do."""
         if condition is None or (condition.guidance is None and self.scale == self.off):
-            return self.denoiser.predict(x_t, t, condition, features)
+            return x_t, t, condition
         if condition.null is None and _told_guidance(self.denoiser):  # a backbone that was taught it takes the scale itself
             scale = condition.guidance if condition.guidance is not None else torch.full((len(x_t),), float(self.scale), device=x_t.device)
-            return self.denoiser.predict(x_t, t, condition.with_guidance(scale), features)
+            return x_t, t, condition.with_guidance(scale)
         told = condition.without_guidance()
         null_condition = told.unconditional()
         t = t.to(x_t.device).expand(len(x_t))
-        if same_shapes(told, null_condition):
-            both = self.denoiser.predict(cat_twice(x_t), cat_twice(t), cat([null_condition, told]), features)
-            null, cond = both.value.chunk(2)
-            kept = {name: value.chunk(2)[1] for name, value in both.features.items()}
-        else:  # prompts of different lengths, for a backbone that takes no mask
-            null = self.denoiser.predict(x_t, t, null_condition).value
-            both = self.denoiser.predict(x_t, t, told, features)
-            cond, kept = both.value, dict(both.features)
-        extra = None if both.extra is None else both.extra[-len(x_t) :]
+        if not same_shapes(told, null_condition):
+            return None
+        return cat_twice(x_t), cat_twice(t), cat([null_condition, told] if self.conditional else [told, null_condition])
+
+    def answered(self, both: Prediction, x_t: Tensor, t: Tensor, condition: Condition | None) -> Prediction:
+        """The guided prediction from the network's answer to ``asked``."""
+        if len(both.value) == len(x_t):
+            return both
+        assert condition is not None
+        null, cond = (both.value.chunk(2)[i] for i in (1 - self.conditional, self.conditional))
+        kept = {name: value.chunk(2)[self.conditional] for name, value in both.features.items()}
+        extra = None if both.extra is None else both.extra.chunk(2)[self.conditional]
+        return self._combined(null, cond, kept, extra, x_t, t, condition)
+
+    def _combined(
+        self, null: Tensor, cond: Tensor, kept: Mapping[str, Tensor], extra: Tensor | None, x_t: Tensor, t: Tensor, condition: Condition,
+    ) -> Prediction:
+        t = t.to(x_t.device).expand(len(x_t))
         w: Scale = self.scale
         if condition.guidance is not None:
             w = condition.guidance.to(null).reshape((-1,) + (1,) * (null.dim() - 1))
         # Plain guidance is affine with weights that sum to one, so it may be taken in the native parameterisation.
-        return Prediction(self.rule(null, cond, w), both.kind, x_t, t, self.schedule, kept, extra)
+        return Prediction(self.rule(null, cond, w), self.denoiser.kind, x_t, t, self.schedule, kept, extra)
 
 
 def _told_guidance(denoiser: Denoiser) -> bool:

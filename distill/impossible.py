@@ -9,7 +9,7 @@ import torch
 from distill import yamltree
 from distill.attention import missing_xformers
 from distill.config import Config
-from distill.quantize import missing_package
+from distill.quantize import missing_package, package_of
 
 
 def impossible_student(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
@@ -29,6 +29,27 @@ def impossible_student(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]
                 yield ("student", key), "is set, but there are no averaged weights: student.ema is 0"
 
 
+def _apart(config: Config) -> str | None:
+    """Why teacher and critic cannot be asked in one call."""
+    student, method = config.student, config.method
+    if student.weights != "lora":
+        return "needs a backbone that the roles share: set student.weights: lora, or leave it out"
+    if student.lora is not None and student.lora.dora:
+        return "does not go with DoRA, whose layers take one adapter per call: set student.lora.dora: false, or leave it out"
+    if config.trainer.compile:
+        return "does not go with trainer.compile: choose one"
+    why = None
+    if "critic" not in method.roles:
+        why = "has no critic"
+    elif getattr(method, "divergence", "reverse_kl") != "reverse_kl":
+        why = "reads hidden features with the scores"
+    elif getattr(method, "objective", "kl") != "kl":
+        why = "is differentiated through both networks"
+    if why is not None:
+        return f"has nothing to join: method {method.name} as set here {why}; leave it out"
+    return None
+
+
 def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     """What the memory options exclude, and what they need that is not here."""
     student, trainer, quantize = config.student, config.trainer, config.teacher.quantize
@@ -36,15 +57,19 @@ def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     if quantize != "none":
         if student.train is not None or student.freeze is not None:
             yield ("teacher", "quantize"), "quantises weights that the student's frozen layers share: leave out one of the two"
-        if quantize == "8bit" and student.lora is not None and student.lora.dora:
-            yield ("teacher", "quantize"), "DoRA does not work on 8-bit layers: use 4bit, or student.lora.dora: false"
+        if quantize != "4bit" and student.lora is not None and student.lora.dora:
+            yield ("teacher", "quantize"), f"DoRA does not work on {'8-bit' if quantize == '8bit' else quantize} layers: use 4bit, or student.lora.dora: false"
         if trainer.offload:
             yield ("trainer", "offload"), "quantised weights stay on the device: leave out teacher.quantize or trainer.offload"
         if trainer.compile:
             yield ("trainer", "compile"), "quantised layers are not compiled: leave out teacher.quantize or trainer.compile"
-        problem = missing_package()
+        problem = missing_package(package_of(quantize))
         if problem:
             yield ("teacher", "quantize"), problem
+    if trainer.batched_roles:
+        problem = _apart(config)
+        if problem:
+            yield ("trainer", "batched_roles"), problem
     if trainer.offload and student.weights == "lora":
         yield ("trainer", "offload"), "finds nothing to move: the roles of a LoRA student share one backbone, which is never idle"
     if trainer.gradient_checkpointing and trainer.compile:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,19 +70,24 @@ class Autoencoder:
     scale: Tensor
     shift: Tensor
     settings: dict[str, Any]  #: further arguments of ``decode``
+    image_scale: float = 0.5  #: images in [0, 1] = image_scale · the decoder's output + image_shift
+    image_shift: float = 0.5
 
     @property
     def dtype(self) -> torch.dtype:
         return next(self.module.parameters()).dtype  # type: ignore[no-any-return]
 
     def decode(self, x0: Tensor) -> Tensor:
-        """(batch, *shape) → the decoder's output, in [−1, 1] for images."""
+        """(batch, *shape) → images, in [−1, 1] (unless the network oversteps)."""
         device = next(self.module.parameters()).device
         flat = x0.to(device).float().flatten(1)[:, self.index.to(device)] * self.scale.to(device) + self.shift.to(device)
         z = flat.reshape(len(x0), *self.z_shape).to(self.dtype)
         takes = inspect.signature(self.module.decode).parameters
         plain = {"return_dict": False} if "return_dict" in takes else {}
-        return first_tensor(self.module.decode(z, **self.settings, **plain))
+        decoded = first_tensor(self.module.decode(z, **self.settings, **plain))
+        if (self.image_scale, self.image_shift) == (0.5, 0.5):
+            return decoded
+        return 2 * (self.image_scale * decoded.float() + self.image_shift) - 1
 
     def encode(self, images: Tensor) -> Tensor:
         """Images in [−1, 1] → (batch, *shape): the mean of the encoder's distribution, laid out as the pipeline's samples.
@@ -92,7 +98,7 @@ class Autoencoder:
         if self.index.numel() != torch.Size(self.shape).numel() or len(self.index.unique()) != self.index.numel():
             raise ValueError("the decoder sees only a part of a sample")
         device = next(self.module.parameters()).device
-        pixels = images.to(device, self.dtype)
+        pixels = (((images.to(device) + 1) / 2 - self.image_shift) / self.image_scale).to(self.dtype)
         if len(self.z_shape) == 4 and pixels.dim() == 4:  # a video autoencoder: one frame
             pixels = pixels.unsqueeze(2)
         encoded = self.module.encode(pixels)
@@ -104,11 +110,12 @@ class Autoencoder:
         return x0.reshape(len(images), *self.shape)
 
 
-def find_autoencoder(pipeline: Any, shape: tuple[int, ...], run: Callable[[Tensor], None], device: torch.device, dtype: torch.dtype) -> Autoencoder | None:
+def find_autoencoder(pipeline: Any, shape: tuple[int, ...], run: Callable[[Tensor], Any], device: torch.device, dtype: torch.dtype) -> Autoencoder | None:
     """Probe a pipeline's way from samples to its decoder; None if it has none, or one that is not of this form.
 
     Args:
-        run: runs the pipeline such that its sampling loop results in the given (1, *shape) sample.
+        run: runs the pipeline such that its sampling loop results in the given (1, *shape) sample; answers what it returned,
+            images as arrays.
     """
     count = torch.Size(shape).numel()
 
@@ -141,4 +148,42 @@ def find_autoencoder(pipeline: Any, shape: tuple[int, ...], run: Callable[[Tenso
     if bool((index < 0).any()) or bool((index >= count).any()):
         return None
     module = pipeline.components[zeros.name]
-    return Autoencoder(module, shape, tuple(zeros.z.shape[1:]), index, scale.float(), shift.float(), zeros.settings)
+    image_scale, image_shift = _image_range(module, zeros.z.dim(), lambda: run(torch.zeros(1, *shape, device=device, dtype=dtype)))
+    return Autoencoder(module, shape, tuple(zeros.z.shape[1:]), index, scale.float(), shift.float(), zeros.settings, image_scale, image_shift)
+
+
+def _image_range(module: Any, dims: int, run: Callable[[], Any]) -> tuple[float, float]:
+    """Scale and shift from a decoder's output to the pipeline's images in [0, 1]: most decoders answer in [−1, 1], some in
+    [0, 1]. Found by two made-up answers, in the two halves of one small picture."""
+    from diffusers.models.autoencoders.vae import DecoderOutput
+
+    low, high, size = 0.25, 0.5, 8
+    picture = torch.full((1, 3, *(1,) * (dims - 4), size, size), low)
+    picture[..., size // 2 :] = high
+
+    def decode(z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        answer = picture.to(z).expand(len(z), *picture.shape[1:])
+        return DecoderOutput(sample=answer) if return_dict else (answer,)
+
+    module.decode = decode
+    try:
+        images = as_images(run())
+    except Exception:  # a pipeline that does more with its decoder's answer than this: as most do, then
+        images = None
+    finally:
+        del module.decode
+    if images is None or images.shape[-2:] != (size, size):
+        return 0.5, 0.5
+    left, right = float(images[..., : size // 2].mean()), float(images[..., size // 2 :].mean())
+    scale = (right - left) / (high - low)
+    found = round(scale, 2), round(left - scale * low, 2)
+    return found if found[0] > 0 else (0.5, 0.5)
+
+
+def as_images(output: Any) -> Tensor | None:
+    """A pipeline's "np" output as (batch, channels, height, width) in [0, 1], videos with their frames in the batch; None
+    where it is something else."""
+    value = output[0] if isinstance(output, tuple) else next((getattr(output, n) for n in ("images", "frames") if hasattr(output, n)), None)
+    if not isinstance(value, (np.ndarray, Tensor)) or value.ndim < 4:
+        return None
+    return torch.as_tensor(value).float().flatten(0, -4).movedim(-1, -3)

@@ -46,18 +46,21 @@ def few_step_source(facts: Mapping[str, Any]) -> str:
     """``pipelines/few_step.py`` for one student.
 
     Args:
-        facts: as in distill.json: the stock "class", the "module" that defines it (diffusers, or .file beside it), "settings".
+        facts: as in distill.json: the stock "class", the "module" that defines it (diffusers, or .file beside it), "settings";
+            where the pipeline asks for its kind, the "scheduler" of diffusers that the student's is one of.
 
     Raises:
         UserError: if the class or the module is no plain name.
     """
-    name, module = str(facts["class"]), str(facts["module"])
-    if not name.isidentifier() or not (module == "diffusers" or module.removeprefix(".").isidentifier()):
+    name, module, scheduler = str(facts["class"]), str(facts["module"]), str(facts.get("scheduler", "SchedulerMixin"))
+    if not name.isidentifier() or not scheduler.isidentifier() or not (module == "diffusers" or module.removeprefix(".").isidentifier()):
         raise UserError(f"{FACTS} names no pipeline class: export the student again")
     settings = pprint.pformat(dict(facts["settings"]), width=120, sort_dicts=False, compact=True)
     template = resource("pipelines/few_step.py").read_text(encoding="utf-8")
     stock, empty = "from diffusers import StableDiffusionPipeline as Stock\n", "SETTINGS = {}\n"
-    assert template.count(stock) == template.count(empty) == 1
+    mixin = "from diffusers import SchedulerMixin as StockScheduler\n"
+    assert template.count(stock) == template.count(empty) == template.count(mixin) == 1
+    template = template.replace(mixin, f"from diffusers import {scheduler} as StockScheduler\n")
     return template.replace(stock, f"from {module} import {name} as Stock\n").replace(empty, f"SETTINGS = {settings}\n")
 
 

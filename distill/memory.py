@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,24 +13,21 @@ from torch.utils.checkpoint import checkpoint
 from distill.adapters import Adapters
 from distill.denoiser import BackboneDenoiser
 from distill.errors import UserError
+from distill.masters import Masters
 
 
-def checkpoint_activations(backbone: nn.Module, adapters: Adapters | None = None) -> None:
+def checkpoint_activations(backbone: nn.Module, switch: Adapters | Masters | None = None) -> None:
     """Keep only each block's inputs in a forward with gradients; the rest is computed again in the backward pass.
 
-    The second computation has to run with the adapter of the first, and comes when the forward's own context has long
-    been left: so the adapter in use is noted with the block. Hidden features may still be caught inside the blocks.
+    The second computation has to run with the weights of the first, and comes when the forward's own context has long
+    been left: so what ``switch`` has in use is noted with the block. Hidden features may still be caught inside the blocks.
 
     Raises:
         UserError: if the backbone's class cannot do it.
     """
 
     def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        adapter = None if adapters is None else adapters.active
-
-        def again(*inputs: Any, **named: Any) -> Any:
-            with nullcontext() if adapters is None else adapters.using(adapter):
-                return block(*inputs, **named)
+        again = as_now(block, switch)
 
         return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
@@ -41,6 +38,20 @@ def checkpoint_activations(backbone: nn.Module, adapters: Adapters | None = None
         enable(gradient_checkpointing_func=run)
     except ValueError:  # what diffusers' models say
         raise UserError(f"trainer.gradient_checkpointing: {type(backbone).__name__} has no blocks to checkpoint: set it to false") from None
+
+
+def as_now(block: Callable[..., Any], switch: Adapters | Masters | None) -> Callable[..., Any]:
+    """A block that runs, at any later time, with the adapter or the casts that are in use now."""
+    if switch is None:
+        return block
+    using: Callable[[Any], AbstractContextManager[None]] = switch.using
+    active = switch.active
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        with using(active):
+            return block(*inputs, **named)
+
+    return run
 
 
 class Offload:

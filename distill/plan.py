@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from distill.config import Config
 from distill.data.prompts import read_prompts
-from distill.denoiser import Condition
+from distill.denoiser import BackboneDenoiser, Condition
 from distill.methods.base import Batch
 from distill.plan_calls import average_calls
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, Trace, checkpoint_blocks, trace_step
-from distill.run import DTYPES, Parts, assemble
+from distill.run import DTYPES, Parts, assemble, mixed_precision
 from distill.teacher import Teacher
 
 GIB = 1 << 30
@@ -32,7 +32,7 @@ GIB = 1 << 30
 STATES = {"adamw": 2, "adam": 2, "radam": 2, "sgd": 1}
 EIGHT_BIT = 2 * (1 + 4 / 256)
 #: Bytes per weight of a quantized teacher: the number and its share of a scale.
-QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64}
+QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 128, "float8": 1.0 + 4 / 64}
 #: Libraries of matrix products keep buffers on a GPU.
 CUDA_WORKSPACE = 64 << 20
 AVERAGED, OPTIMIZER, DATA = "averaged weights", "optimizer states", "data"
@@ -44,7 +44,7 @@ class Memory:
 
     checkpointing: bool = False
     offload: bool = False
-    quantize: str = "none"  #: or "8bit", "4bit"
+    quantize: str = "none"  #: or a key of ``QUANTIZED``
     ema_dtype: str = "float32"
     ema_device: str = "same"
 
@@ -105,9 +105,9 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
     with torch.device("meta"):
         parts = assemble(_without_hardware(config), teacher)
     roles, settings = parts.roles, config.trainer
-    precision = Precision({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision], device == "cuda")
-    for network in _backbones(parts) if memory.checkpointing else ():
-        checkpoint_blocks(network, parts.adapters, precision)
+    precision = Precision({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision(config)], device == "cuda")
+    for network in _networks(parts) if memory.checkpointing else ():
+        checkpoint_blocks(network.backbone, parts.adapters or network.masters, precision)
     condition = teacher.condition([teacher.placeholder()])
     samples, inputs = _data_size(config, teacher)
     one_condition = sum(_nbytes(v) for v in (*condition.values.values(), *(condition.null or {}).values()))
@@ -205,9 +205,10 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def _backbones(parts: Parts) -> list[nn.Module]:
+def _networks(parts: Parts) -> list[BackboneDenoiser]:
+    """One per backbone."""
     networks: list[Any] = [getattr(parts.roles, role) for role in ("teacher", "student", "critic", "target")]
-    return list({id(n.backbone): n.backbone for n in networks if n is not None}.values())
+    return list({id(n.backbone): n for n in networks if n is not None}.values())
 
 
 def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
@@ -273,7 +274,9 @@ def _disk(config: Config, parts: Parts, cached: int) -> dict[str, int]:
     held = [p for role in (*roles.trained(), "target") for p in roles.parameters(role)]
     averaged = _averaged_bytes(roles.parameters("student"), Memory.of(config)) if config.student.ema else 0
     checkpoint = sum(p.nbytes for p in held) + averaged + sum(_state_bytes(config, role, roles.parameters(role)) for role in roles.trained())
-    exported = sum(p.nbytes for p in roles.parameters("student"))
+    student = parts.student.denoiser
+    with student.use():  # weights in the dtype that they compute in
+        exported = sum(p.nbytes for p in (student.parameters() if parts.adapters is not None else student.backbone.parameters()))
     return {"checkpoint": checkpoint, "checkpoints": checkpoint * (config.trainer.keep_checkpoints + 1), "cache": cached, "export": exported}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition, Denoiser, Prediction
 from distill.methods.base import Batch, Method
+from distill.plan_trace import TOGETHER
 from distill.roles import Roles
 
 Calls = Counter[tuple[str, int]]
@@ -48,6 +49,8 @@ def average_calls(method: Method, roles: Roles, batch: Batch, features: Mapping[
         while draws < ALL:
             calls: Calls = Counter()
             blank: dict[str, Any] = {role: _Blank(role, getattr(roles, role), features, calls) for role in names}
+            if roles.together is not None:
+                blank["together"] = replace(roles.together, network=_Blank(TOGETHER, roles.together.network, features, calls))
             for _ in method.step(replace(roles, **blank), batch):
                 pass
             total += calls

@@ -13,7 +13,7 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,12 @@ from torch.utils.flop_counter import flop_registry
 
 from distill.adapters import Adapters
 from distill.errors import UserError
+from distill.masters import Masters
+from distill.memory import as_now
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
 
-ACTIVATIONS = "activations"
+ACTIVATIONS, TOGETHER = "activations", "teacher and critic"
 
 
 @dataclass
@@ -215,7 +217,7 @@ class Precision:
     cuda: bool = True
 
 
-def checkpoint_blocks(backbone: nn.Module, adapters: Adapters | None, precision: Precision) -> None:
+def checkpoint_blocks(backbone: nn.Module, switch: Adapters | Masters | None, precision: Precision) -> None:
     """``memory.checkpoint_activations`` for a backbone whose step is to be traced.
 
     Raises:
@@ -223,12 +225,11 @@ def checkpoint_blocks(backbone: nn.Module, adapters: Adapters | None, precision:
     """
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
-        adapter = None if adapters is None else adapters.active
+        weighed = as_now(block, switch)
 
         def again(*inputs: Any) -> Any:
-            # The rules around the step do not reach into the backward pass.
-            with nullcontext() if adapters is None else adapters.using(adapter), _AsOnDevice(precision):
-                return block(*inputs)
+            with _AsOnDevice(precision):  # the rules around the step do not reach into the backward pass
+                return weighed(*inputs)
 
         return checkpoint(again, *args, use_reentrant=False)
 
@@ -317,6 +318,8 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
         return call
 
     networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "target") if getattr(roles, r) is not None}
+    if roles.together is not None:
+        networks[TOGETHER] = roles.together.network
     for role, network in networks.items():
         network.predict, network.features = watched(role, network.predict), watched(role, network.features)
     try:

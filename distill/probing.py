@@ -11,7 +11,7 @@ Everything is found by equality of recorded values (see ``arrangement.py``), nev
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from distill.arrangement import Arrangement, View, find_inside, find_part
-from distill.call import REST, Affine, Call, Layout, first_tensor, flatten, same
+from distill.arrangement import Arrangement, Part, View, covers, find_inside, find_part
+from distill.call import REST, Affine, Call, Layout, flatten, key_path, same
+from distill.denoiser import guidance_embedding
 from distill.overrides import Override
 from distill.recording import NetworkCall, Recording, Step
 from distill.schedule import KINDS, Kind, NoiseSchedule
@@ -63,32 +64,42 @@ def understand(
     flats = [flatten(s.calls_of(network)[-1].arguments, whole) for s in steps]
     fixed = {k: v for k, v in override.constants.items() if k in flats[0]}
     changed = [path for path in flats[0] if path not in fixed and any(not same(flats[0][path], f.get(path)) for f in flats[1:])]
-    state, enter, copies = _state(flats, steps, layouts, [override.state] if override.state else changed, backbone, changed)
+    state, enter, copies, others = _state(flats, steps, layouts, [override.state] if override.state else changed, backbone, changed)
     layouts[state] = _per_copy(layouts.get(state, Layout()), copies)
     layouts = {k: _per_copy(v, copies) if k != state else v for k, v in layouts.items()}
     width = getattr(getattr(backbone, "config", None), "time_cond_proj_dim", None)
     guidance = "timestep_cond" if "timestep_cond" in inspect.signature(backbone.forward).parameters and width else None
+    if guidance is not None and width is not None and not _embeds_guidance(flats[0].get(guidance), int(width)):
+        guidance = None  # it takes something else: the latent upscaler's noise level
     times: dict[str, Affine] = {}
     unexplained: list[str] = []
     for path in changed:
-        if path != state:
+        if path != state and path not in others:
             affine = _time(path, flats, steps, layouts)
             if affine is None:
                 unexplained.append(path)
                 continue
             times[path] = affine
             if layouts.get(path, Layout("shared")).kind == "shared":  # one time for all rows: a network takes one per row, too
-                layouts[path] = Layout(rows=layouts[state].rows)
+                layouts[path] = Layout(rows=(0 if two else _times_per_sample(flats[0][path], copies)) or layouts[state].rows)
     if not times:
         raise NotUnderstood(f"no argument of {type(backbone).__name__} follows the scheduler's timesteps", "time")
-    dynamic = {state, guidance, *times, *layouts, *unexplained}
+    dynamic = {state, guidance, *others, *times, *layouts, *unexplained}
     layouts = {k: v for k, v in layouts.items() if k not in unexplained and k not in fixed}
     constants = {k: v for k, v in flats[0].items() if k not in dynamic} | fixed
     if "return_dict" in inspect.signature(backbone.forward).parameters:
         constants["return_dict"] = False
     plain = isinstance(enter, View) and enter.shape == tuple(one_sample(steps[0].scaled).shape[1:])
-    call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance)
+    call = Call(state, times, constants, layouts, None if plain else enter, guidance=guidance, others=others)
     return Understanding(call, tuple(one_sample(steps[0].sample).shape[1:]), copies, 0, tuple(whole), tuple(unexplained), fixed=tuple(fixed))
+
+
+def _embeds_guidance(value: Any, width: int) -> bool:
+    """Whether an argument for one sample may embed a guidance scale that is off."""
+    if not isinstance(value, Tensor):
+        return True
+    rows = value.double().cpu().reshape(-1, width)
+    return any(bool(((rows - guidance_embedding(torch.tensor([off]), width)).abs() < 1e-2).all()) for off in (1.0, 0.0))
 
 
 def one_sample(sample: Tensor) -> Tensor:
@@ -108,15 +119,22 @@ def understand_answer(
     steps = one.steps_of(network)
     if override.constants:  # the recorded calls had other ones
         steps = steps[:1]
-    as_given = _answer(replace(found, kind=kind), network, [(s, one_sample(s.model_output)) for s in steps])
-    if as_given is not None:
-        return as_given
-    for other in KINDS:
-        if other != kind and all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
+    given = [(s, one_sample(s.model_output)) for s in steps]
+    for tolerance in (0.0,) if found.copies == 1 else (0.0, 1e-5):  # u + 1 (c − u) is c but for rounding
+        as_given = _answer(replace(found, kind=kind), network, given, tolerance)
+        if as_given is not None:
+            return as_given
+    for other in (kind, *(k for k in KINDS if k != kind)):  # its own kind, too: some go to x0 and back, which rounds
+        if all(s.model_output.shape == s.scaled.shape and len(s.sample) == 1 for s in steps):
             targets = [(s, schedule.convert(s.model_output, s.scaled, schedule.from_model_time(s.timestep).expand(len(s.sample)), kind, other)) for s in steps]
             converted = _answer(replace(found, kind=other), network, targets, tolerance=1e-4)
             if converted is not None:
                 return converted
+    gathered = replace(found, kind=kind, call=replace(found.call, gathered=True))
+    for tolerance in (0.0, 1e-4):
+        together = _answer(gathered, network, [(s, one_sample(s.model_output)) for s in steps], tolerance)
+        if together is not None:
+            return together
     raise NotUnderstood(f"what {type(backbone).__name__} answers is not what the scheduler is given (up to sign, place and kind of prediction)", "answer")
 
 
@@ -146,7 +164,7 @@ def _layouts(first: Step, two: Recording | None, other: Recording | None, networ
                 layouts[path] = Layout("stacked", 0, len(x))
         elif isinstance(x, Mapping) and x:
             for key, inner in x.items():
-                visit(inner, y.get(key) if isinstance(y, Mapping) else None, f"{path}.{key}" if path else key)
+                visit(inner, y.get(key) if isinstance(y, Mapping) else None, key_path(path, key))
         elif type(x) in (list, tuple) and x:
             doubled = isinstance(y, (list, tuple)) and len(y) == 2 * len(x)
             if doubled or (b is None and isinstance(x, list) and len(x) == 1 and isinstance(x[0], (Tensor, list, tuple))):
@@ -201,25 +219,34 @@ def copies_of(arguments: Mapping[str, Any], layouts: Mapping[str, Layout], copie
 def _state(
     flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout], candidates: Sequence[str], backbone: nn.Module,
     changed: Sequence[str],
-) -> tuple[str, Arrangement, int]:
-    """(path, arrangement, copies): the argument in which the scheduler's sample is found again."""
+) -> tuple[str, Arrangement, int, dict[str, Arrangement]]:
+    """(path, arrangement, copies, none): the argument in which the scheduler's sample is found again; or one that takes a part
+    of it, and those that take the other parts."""
     for path in candidates:
-        for copies in (1, 2, 3):
-            found = _find_state(path, copies, flats, steps, layouts)
-            if found is not None:
-                return path, found, copies
+        rows = layouts.get(path, Layout()).rows
+        for copies in [n for n in (3, 2) if rows % n == 0] + [1]:  # a batch that is doubled is not one sample and something else
+            found = [_find_state(path, copies, i, flats, steps, layouts) for i in range(copies)]
+            if found[0] is not None and None not in found:
+                return path, found[0], copies, {}
+    parts = {path: part for path in candidates if (part := _find_state(path, 1, 0, flats, steps, layouts, find_part)) is not None}
+    if parts and covers(list(parts.values()), one_sample(steps[0].scaled)):
+        first, *_ = parts
+        return first, parts.pop(first), 1, parts
     raise NotUnderstood(
         f"the scheduler's sample was found in no argument of {type(backbone).__name__} (changing from step to step: {', '.join(changed) or 'none'})", "state",
     )
 
 
-def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout]) -> Arrangement | None:
+def _find_state(
+    path: str, copies: int, which: int, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], layouts: Mapping[str, Layout],
+    find: Callable[[Tensor, Tensor], Arrangement | None] = find_inside,
+) -> Arrangement | None:
     layout = layouts.get(path, Layout())
     arrangement = None
     for flat, step in zip(flats, steps, strict=True):
         scaled = one_sample(step.scaled)
         try:
-            single = copies_of({path: flat[path]}, {path: layout}, copies)[0][path]
+            single = copies_of({path: flat[path]}, {path: layout}, copies)[which][path]
             entries = _per_copy(layout, copies).split(single, 1)
             target = torch.stack(entries) if isinstance(entries, list) else entries
         except (RuntimeError, TypeError, AttributeError, IndexError):
@@ -227,7 +254,7 @@ def _find_state(path: str, copies: int, flats: Sequence[Mapping[str, Any]], step
         if not isinstance(target, Tensor) or not target.is_floating_point() or len(target) != 1:
             return None
         if arrangement is None:
-            arrangement = find_inside(scaled, target)
+            arrangement = find(scaled, target)
             if arrangement is None:
                 return None
         if not torch.equal(arrangement(scaled.to(target.dtype), target), target):
@@ -272,6 +299,12 @@ def _time(path: str, flats: Sequence[Mapping[str, Any]], steps: Sequence[Step], 
     return Affine(_rounded(float(scale)), _rounded(float(shift)))
 
 
+def _times_per_sample(value: Any, copies: int) -> int:
+    """How often one time is said for one sample: once for each token, by some; 0 where it is said once."""
+    rows = len(value) // copies if isinstance(value, Tensor) and value.dim() == 1 else 1
+    return rows if rows > 1 else 0
+
+
 def _rounded(x: float) -> float:
     """Without the noise of the recording's precision: scales are 1, 1/1000 and the like."""
     if abs(x) < 1e-6:
@@ -285,14 +318,19 @@ def _rounded(x: float) -> float:
 
 def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Tensor]], tolerance: float = 0.0) -> Understanding | None:
     """Where the targets lie in the backbone's answers, and with which sign; None if they do not."""
-    answers = [per_copy_answer(step.calls_of(network)[-1].output, 1, found.copies) for step, _ in targets]
-    for kept in range(found.copies):
+    answers = [per_copy_answer(found.call, step.calls_of(network)[-1].output, 1, found.copies) for step, _ in targets]
+    if found.copies == 2:  # guidance of one, which pipelines compute all the same: u + 1 · (c − u) is c but for rounding
+        answers = [[*parts, parts[1] + (parts[0] - parts[1]), parts[0] + (parts[1] - parts[0])] for parts in answers]
+    for kept in range(len(answers[0])):
         for sign in (1.0, -1.0):
             arrangement: Arrangement | None = None
             for parts, (_, target) in zip(answers, targets, strict=True):
                 answer, wanted = parts[kept], (sign * target).to(parts[kept].dtype)
                 if tolerance and answer.shape == wanted.shape:
                     arrangement = View(tuple(wanted.shape[1:])) if _close(answer, wanted, tolerance) else None
+                elif tolerance and answer.dim() == wanted.dim() and answer[:, : wanted.shape[1]].shape == wanted.shape:  # channels that are not used
+                    part = Part(1, 0, wanted.shape[1], tuple(wanted.shape[1:]))
+                    arrangement = part if _close(part(answer), wanted, tolerance) else None
                 else:
                     arrangement = arrangement or find_part(answer[:1], wanted[:1])
                     if arrangement is not None and not torch.equal(arrangement(answer), wanted):
@@ -301,7 +339,7 @@ def _answer(found: Understanding, network: str, targets: Sequence[tuple[Step, Te
                     break
             if arrangement is not None:
                 plain = isinstance(arrangement, View) and arrangement.shape == tuple(answer.shape[1:])
-                return replace(found, kept=kept, call=replace(found.call, leave=None if plain else arrangement, sign=sign))
+                return replace(found, kept=kept % found.copies, call=replace(found.call, leave=None if plain else arrangement, sign=sign))
     return None
 
 
@@ -309,9 +347,9 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
 
 
-def per_copy_answer(output: Any, batch: int, copies: int) -> list[Tensor]:
+def per_copy_answer(call: Call, output: Any, batch: int, copies: int) -> list[Tensor]:
     """A backbone's answer to a doubled batch as answers (batch, ...) to single ones; rows of one sample together."""
-    value = first_tensor(output, batch * copies)
+    value = call.tensor(output, batch * copies)
     parts = []
     for part in value.chunk(copies):
         rows = len(part) // batch
@@ -322,7 +360,7 @@ def per_copy_answer(output: Any, batch: int, copies: int) -> list[Tensor]:
 def values_of(arguments: Mapping[str, Any], found: Understanding, batch: int) -> dict[str, Tensor | list[Any]]:
     """The condition (one entry per sample) in the flat arguments of a call that holds one copy of the batch."""
     call = found.call
-    dynamic = {call.state, call.guidance, *call.times, *((call.embedded[0],) if call.embedded else ())}
+    dynamic = {*call.varying, *((call.embedded[0],) if call.embedded else ())}
     values = {path: layout.split(arguments[path], batch) for path, layout in call.layouts.items() if path not in dynamic and path in arguments}
     if call.enter is not None and call.enter.needs_rest():
         entries = call.layouts.get(call.state, Layout()).split(arguments[call.state], batch)

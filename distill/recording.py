@@ -1,8 +1,8 @@
 """What a pipeline does while it runs: every call of its networks and every step of its scheduler, in order.
 
 Nothing of the pipeline is replaced but, for the time of a recording, ``forward`` of its networks (to note arguments, or to
-answer without computing) and ``step``, ``scale_model_input`` and ``set_timesteps`` of its schedulers' classes: pipelines
-copy their schedulers, and look at the signatures of those functions, which therefore stay as they are.
+answer without computing) and the stepping methods, ``scale_model_input`` and ``set_timesteps`` of its schedulers' classes:
+pipelines copy their schedulers, and look at the signatures of those functions, which therefore stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,15 @@ class Step:
     model_output: Tensor
     result: Tensor
     settings: dict[str, Any] = field(default_factory=dict)  #: further arguments
+    sigma: float | None = None  #: the scheduler's own noise level there, where it has a table of them
+    scheduler: Any = None  #: that made it
+    method: str = "step"  #: of the scheduler
+
+    def joined(self, other: Step) -> Step:
+        """This step and that of a second state at the same time (sound beside pictures) as one of both, laid end to end: (1, all of their elements)."""
+        names = ("sample", "scaled", "model_output", "result")
+        both: dict[str, Any] = {name: torch.cat([getattr(self, name).flatten(1), getattr(other, name).flatten(1)], 1) for name in names}
+        return replace(self, **both)
 
     def calls_of(self, network: str) -> list[NetworkCall]:
         """That network's calls for it."""
@@ -85,11 +94,13 @@ def record(
     Args:
         compute: after so many scheduler steps the networks repeat their last answer instead of computing.
         answers: network name → what it returns for its arguments, instead of computing.
-        stop: asked before each network call (which is noted, and not computed if it stops) and after each step.
+        stop: asked before each network call (which is noted, and not computed if it stops) and after each step, when the next
+            one begins: two schedulers may have stepped.
         override: the sample that a scheduler step shall result in, whatever the scheduler says; None: as it says.
     """
     recording = Recording()
     last: dict[str, Any] = {}
+    inside: list[str] = []  # the stepping methods that run: some call each other
     scale_original = {c: c.scale_model_input for c in schedulers(pipeline) if hasattr(c, "scale_model_input")}
 
     def forward_of(name: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +108,8 @@ def record(
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if stop is not None and not recording.calls and recording.steps and stop(recording):
+                raise Stop
             call = NetworkCall(name, _copy(_bound(signature, args, kwargs)))
             recording.calls.append(call)
             if stop is not None and stop(recording):
@@ -112,28 +125,38 @@ def record(
 
         return forward
 
-    def step_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step_of(method: str, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
 
         @functools.wraps(original)
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if inside:
+                return original(self, *args, **kwargs)
             given = signature.bind(self, *args, **kwargs).arguments
             sample, output = given["sample"].clone(), given["model_output"].clone()
+            timestep = given["timestep"] if "timestep" in given else given["timesteps"]
             scaled = sample if recording.scaled is None else recording.scaled
             if scaled.shape[1:] != sample.shape[1:]:  # the pipeline scaled it together with something else
-                scaled = scale_original[type(self)](self, sample, given["timestep"])
-            known = ("self", "model_output", "timestep", "sample", "return_dict", "generator")
+                scaled = scale_original[type(self)](self, sample, timestep)
+            known = ("self", "model_output", "timestep", "timesteps", "sample", "return_dict", "generator")
             settings = {k: v for k, v in given.items() if k not in known}
-            done = Step(recording.calls, torch.as_tensor(given["timestep"]).clone(), sample, scaled, output, sample, settings)
-            result = original(self, *args, **kwargs)
+            sigma = sigma_at(self, timestep)
+            done = Step(recording.calls, torch.as_tensor(timestep).clone(), sample, scaled, output, sample, settings, sigma, self, method)
+            inside.append(method)
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                inside.pop()
             wanted = override(done) if override is not None else None
             if wanted is not None:
                 result = _replaced(result, wanted)
             done.result = _first(result).clone()
-            recording.steps.append(done)
-            recording.calls, recording.scaled, recording.scheduler = [], None, self
-            if stop is not None and stop(recording):
-                raise Stop
+            if recording.scheduler is not self and _at_once(recording.steps, done):  # a scheduler for each of two states
+                recording.steps[-1] = recording.steps[-1].joined(done)
+            else:
+                recording.steps.append(done)
+                recording.scheduler = self
+            recording.calls, recording.scaled = [], None
             return result
 
         return step
@@ -155,14 +178,17 @@ def record(
 
         return set_timesteps
 
-    wrappers = {"step": step_of, "scale_model_input": scale_of, "set_timesteps": set_of}
+    wrappers = {"scale_model_input": scale_of, "set_timesteps": set_of}
     with ExitStack() as stack:
         for name, module in networks(pipeline).items():
             stack.enter_context(_swapped(module, "forward", forward_of(name, module, module.forward)))
+            stack.enter_context(_same_processors(module))
         for scheduler in schedulers(pipeline):
             for attribute, wrap in wrappers.items():
                 if hasattr(scheduler, attribute):
                     stack.enter_context(_swapped(scheduler, attribute, wrap(getattr(scheduler, attribute))))
+            for method in stepping_methods(scheduler):
+                stack.enter_context(_swapped(scheduler, method, step_of(method, getattr(scheduler, method))))
         yield recording
 
 
@@ -184,9 +210,34 @@ def find_backbone(pipeline: Any) -> tuple[str, nn.Module]:
     return max(found.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
+def sigma_at(scheduler: Any, timestep: Any) -> float | None:
+    """The noise level in a scheduler's table at one of its timesteps, which may be rounded where the level is not."""
+    sigmas, timesteps = getattr(scheduler, "sigmas", None), getattr(scheduler, "timesteps", None)
+    if not isinstance(sigmas, Tensor) or not isinstance(timesteps, Tensor) or len(sigmas) < len(timesteps):
+        return None
+    places = (timesteps == torch.as_tensor(timestep).reshape(-1)[0].to(timesteps)).nonzero()
+    return float(sigmas[places[0, 0]]) if len(places) else None
+
+
 def schedulers(pipeline: Any) -> list[type]:
     """The classes of the pipeline's schedulers."""
-    return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and hasattr(v, "step")))
+    return list(dict.fromkeys(type(v) for v in pipeline.components.values() if hasattr(v, "set_timesteps") and stepping_methods(type(v))))
+
+
+def stepping_methods(scheduler: type) -> list[str]:
+    """The methods of a scheduler that take a sample one step on: ``step``, and what some pipelines call in its place
+    (``batch_step_no_noise``, ``step_pred``). Each takes a model output, a timestep and a sample."""
+
+    def takes(method: Any) -> bool:
+        parameters = set(inspect.signature(method).parameters) if inspect.isfunction(method) else set()
+        return {"model_output", "sample"} <= parameters and bool({"timestep", "timesteps"} & parameters)
+
+    return [name for name in dir(scheduler) if "step" in name and not name.startswith("_") and takes(getattr(scheduler, name))]
+
+
+def _at_once(steps: Sequence[Step], step: Step) -> bool:
+    """Whether no network has run since the last step, which was at the same time."""
+    return bool(steps) and bool(steps[-1].calls) and not step.calls and torch.equal(steps[-1].timestep, step.timestep)
 
 
 def _bound(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -203,17 +254,42 @@ def _copy(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda v: v.detach().clone(), value)
 
 
+def take_step(
+    method: Callable[..., Any], model_output: Tensor, timestep: Tensor, sample: Tensor, generator: torch.Generator | None, settings: Mapping[str, Any],
+) -> Tensor:
+    """The sample that a stepping method makes; it gets the generator if it takes one."""
+    taken = inspect.signature(method).parameters
+    known = {k: v for k, v in {"generator": generator, "return_dict": False}.items() if k in taken}
+    return _first(method(model_output, timestep, sample, **known, **settings))
+
+
 def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result.prev_sample
+    if isinstance(result, Tensor):
+        return result
+    return result[0] if isinstance(result, tuple) else result.prev_sample  # type: ignore[no-any-return]
 
 
 def _replaced(result: Any, sample: Tensor) -> Any:
     def replaced(value: Any) -> Any:  # also the clean samples that some schedulers give beside, and pipelines decode
         return sample if isinstance(value, Tensor) and value.shape == sample.shape else value
 
+    if isinstance(result, Tensor):
+        return replaced(result)
     if isinstance(result, tuple):
         return tuple(replaced(v) for v in result)
     return type(result)(**{k: replaced(v) for k, v in result.items()})
+
+
+@contextmanager
+def _same_processors(module: nn.Module) -> Iterator[None]:
+    """The attention processors are afterwards as they were: a pipeline that is stopped does not put back those that it replaced."""
+    before = dict(getattr(module, "attn_processors", {}))
+    try:
+        yield
+    finally:
+        after = getattr(module, "attn_processors", {})
+        if any(after.get(name) is not processor for name, processor in before.items()):
+            module.set_attn_processor(before)  # type: ignore[operator]
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """The networks of a training run: teacher, student, critic, target, discriminator.
 
-With full weights each trained role is a copy of the teacher's backbone; where only selected layers are trained, the rest of
-it is the teacher's own memory. With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so
-that three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
+With full weights each trained role is a copy of the teacher's backbone, in float32 whatever the teacher's dtype (see
+``masters.py``); where only selected layers are trained, the rest of it is the teacher's own memory. With LoRA all of them
+are adapters on one shared backbone: the teacher is "adapters off", so that three networks cost the memory of one (and a few
+adapters). A student of a smaller architecture is a network of its own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +21,12 @@ from distill.adapters import Adapters, LoRA
 from distill.denoiser import BackboneDenoiser, Call, Denoiser
 from distill.errors import UserError
 from distill.losses.adversarial import Discriminator
+from distill.masters import Masters
 from distill.schedule import NoiseSchedule
 from distill.selection import Selection, share, shared_copy
 from distill.smaller import shrunk
 from distill.teacher import Teacher
+from distill.together import Together
 
 GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"  #: of a guidance embedding, in diffusers' UNets
 
@@ -41,6 +45,7 @@ class Roles:
     discriminator: Discriminator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable
+    together: Together | None = None  #: asks teacher and critic in one call, where the run is to do so
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -129,12 +134,14 @@ def build_roles(
         follows_student = role in ("student", "target")
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
-        named = dict(backbone.named_parameters())
-        own = {n: named[n] for n in named if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)}
+        chosen = [n for n, _ in backbone.named_parameters() if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)]
         backbone.requires_grad_(False)
+        masters = Masters(backbone, [backbone.get_parameter(n) for n in chosen]) or None
+        own = {n: backbone.get_parameter(n) for n in chosen}
         for parameter in own.values():
             parameter.requires_grad_(role != "target")
-        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, trained=own)
+        use = nullcontext if masters is None else masters.using
+        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, use, own, masters=masters)
     return Roles(denoiser, **made), None
 
 

@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from distill.roles import Roles, build_roles
 from distill.selection import Selection
 from distill.student import Student
 from distill.teacher import Teacher
+from distill.together import Question, Together
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: what a trained student is loaded with: nothing of its training, so that it loads also where it could not be trained
@@ -54,6 +57,11 @@ class Parts:
         """Send idle weights away: no graph is alive."""
         for network in self.waiting:
             network.rest()
+
+
+def mixed_precision(config: Config) -> str:
+    """How a run computes. The gradients of a float16 network vanish without the loss scale that comes with "fp16"."""
+    return "fp16" if config.teacher.dtype == "float16" else config.trainer.mixed_precision
 
 
 def load_teacher(config: Config, device: torch.device | str = "cpu") -> Teacher:
@@ -88,6 +96,8 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
         quantize(teacher.backbone, bits, teacher.device)
     if student.architecture is not None:
         _try_out(teacher, roles.student, "student.architecture: a student of this architecture does not work as the teacher does")
+    if config.trainer.batched_roles and adapters is not None:
+        roles.together = _together(teacher, roles, adapters)
     waiting = _economize(config, teacher, roles, adapters)
     roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
     roles.discriminator = _discriminator(method, teacher, roles)
@@ -103,17 +113,52 @@ def _lora(config: Config) -> LoRA | None:
     return LoRA(section.rank, section.alpha or float(section.rank), tuple(section.targets) if section.targets else None, section.dora)
 
 
+@torch.no_grad()
+def _together(teacher: Teacher, roles: Roles, adapters: Adapters) -> Together:
+    """Teacher and critic in one call, and a proof that it gives what two calls give; with a made-up critic, for a fresh one
+    is the teacher.
+
+    Raises:
+        UserError: if it does not: some backbones mix the samples of a batch, or lay several samples' rows among each other.
+    """
+    assert roles.critic is not None
+    own = teacher.denoiser
+    made = Together(BackboneDenoiser(own.backbone, own.schedule, own.kind, own.call, companions=own.companions), adapters)
+    if any(p.is_meta for p in own.backbone.parameters()):  # a plan's networks have no values
+        return made
+    fresh = {p: p.detach().clone() for p in roles.parameters("critic")}
+    draw = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, *teacher.sample_shape, generator=draw).to(teacher.device), torch.tensor(0.5)
+    told = teacher.condition([teacher.placeholder()] * 2)
+    try:
+        for p in fresh:
+            p.add_(0.02 * torch.randn(p.shape, generator=draw).to(p))
+        apart = [own.predict(x, t, told).value, roles.critic.predict(x, t, told).value]
+        both = made.ask([Question(None, x, t, told), Question("critic", x, t, told)])
+        assert both is not None  # of equal conditions
+        difference = max(float((a - b.value).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in zip(apart, both, strict=True))
+    except ValueError as error:
+        raise UserError(f"trainer.batched_roles: {type(own.backbone).__name__} does not work with it ({error}): set it to false") from None
+    finally:
+        for p, before in fresh.items():
+            p.copy_(before)
+    if not difference <= (1e-3 if own.dtype == torch.float32 else 5e-2):
+        raise UserError(f"trainer.batched_roles: {type(own.backbone).__name__} answers otherwise in one call (by {difference:.0e}): set it to false")
+    return made
+
+
 def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapters | None) -> list[Offload]:
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
     networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
-    backbones = list({id(n.backbone): n.backbone for n in networks}.values())
-    for backbone in backbones:
-        use_attention(backbone, settings.attention, teacher.device)
+    apart = list({id(n.backbone): n for n in networks}.values())  #: one per backbone
+    for network in apart:
+        use_attention(network.backbone, settings.attention, teacher.device)
     if settings.attention != "default":
-        _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
+        with _as_trained(config, teacher.device):
+            _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
     if settings.gradient_checkpointing:
-        _checkpoint(teacher, roles.student, backbones, adapters)
+        _checkpoint(teacher, roles.student, apart, adapters)
     if not settings.offload:
         return []
     busy = [p for n in networks if n not in (roles.teacher, roles.target) for p in n.backbone.parameters()]
@@ -121,17 +166,23 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
     return [waiting for n in idle if (waiting := offload(n, busy, teacher.device)) is not None]
 
 
-def _checkpoint(teacher: Teacher, student: Denoiser, backbones: Sequence[nn.Module], adapters: Adapters | None) -> None:
+def _as_trained(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The arithmetic of the run's training."""
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision(config))
+    return nullcontext() if narrow is None else torch.autocast(device.type, narrow)
+
+
+def _checkpoint(teacher: Teacher, student: Denoiser, networks: Sequence[BackboneDenoiser], adapters: Adapters | None) -> None:
     """Checkpoint the backbones' activations, and see that they still compute the same.
 
     Raises:
         UserError: if not: some classes leave an argument out on that path (an attention mask, in some releases of diffusers).
     """
-    what = f"trainer.gradient_checkpointing: {type(backbones[0]).__name__} does not work with it, set it to false"
-    measurable = not any(p.is_meta for p in backbones[0].parameters())  # a plan's networks have no values
+    what = f"trainer.gradient_checkpointing: {type(teacher.backbone).__name__} does not work with it, set it to false"
+    measurable = not any(p.is_meta for p in teacher.backbone.parameters())  # a plan's networks have no values
     before = _try_out(teacher, student, what) if measurable else None
-    for backbone in backbones:
-        checkpoint_activations(backbone, adapters)
+    for network in networks:
+        checkpoint_activations(network.backbone, adapters or network.masters)
     if before is None:
         return
     difference = float((_try_out(teacher, student, what) - before).abs().max() / before.abs().max().clamp_min(1e-6))

@@ -46,8 +46,11 @@ class Runner:
         placeholder = self.call.pop(self.input_name, PLACEHOLDER[self.input_name]) if self.input_name else None
         #: some valid input
         self.placeholder = placeholder[0] if isinstance(placeholder, (list, tuple)) else placeholder
-        self.negative = self.call.pop("negative_prompt", "") if self.input_name == "prompt" else ""
+        #: the negative prompt; None where the pipeline is told none (not always the same: SDXL's own default are zeros)
+        self.negative = self.call.pop("negative_prompt", None) if self.input_name == "prompt" else None
         self.offs = self._offs(override)
+        #: the argument that sets the number of steps
+        self.steps_name = override.steps or "num_inference_steps"
         self._resting: list[nn.Module] = []
 
     def rest(self, modules: Sequence[nn.Module]) -> None:
@@ -82,12 +85,12 @@ class Runner:
         """The settings that may switch guidance off, the likelier first: 1 for most pipelines, 0 for some."""
         if override.guidance is not None:
             return [{override.guidance: 1.0 if override.guidance_off is None else override.guidance_off}]
-        names = [n for n in GUIDANCE_NAMES if n in self.parameters]
+        names = [n for n in GUIDANCE_NAMES if n in self.parameters] + guiders(self.pipeline)
         others = {n: off for n, off in OTHER_GUIDANCE.items() if n in self.parameters}
         return [dict.fromkeys(names, 1.0) | others] + ([dict.fromkeys(names, 0.0) | others] if names else [])
 
     def run(
-        self, inputs: Sequence[Any], guidance: Mapping[str, float], *, steps: int = PROBE_STEPS, negative: Sequence[str] | None = None,
+        self, inputs: Sequence[Any], guidance: Mapping[str, Any], *, steps: int = PROBE_STEPS, negative: Sequence[str | None] | None = None,
         generator: torch.Generator | None = None, lenient: bool = False, **settings: Any,
     ) -> Recording:
         """Run the pipeline and record it; equal calls draw equal noise.
@@ -96,9 +99,9 @@ class Runner:
             lenient: errors after the first step are not of interest: they are the decoder's.
             settings: of ``recording.record``.
         """
-        arguments: dict[str, Any] = dict(self.call) | dict(guidance)
-        if "num_inference_steps" in self.parameters:
-            arguments["num_inference_steps"] = steps
+        arguments: dict[str, Any] = dict(self.call) | {k: v for k, v in guidance.items() if "." not in k}
+        if self.steps_name in self.parameters:
+            arguments[self.steps_name] = steps
         if "generator" in self.parameters and "generator" not in arguments:
             arguments["generator"] = generator or torch.Generator().manual_seed(0)
         if self.input_name is not None:
@@ -110,18 +113,48 @@ class Runner:
             if count is None:
                 raise CannotBatch
             arguments[count] = len(inputs)
-        if negative is not None and "negative_prompt" in self.parameters and self.input_name == "prompt":
+        if negative is not None and None not in negative and "negative_prompt" in self.parameters and self.input_name == "prompt":
             arguments["negative_prompt"] = list(negative) if len(inputs) > 1 else negative[0]
-        with torch.no_grad(), self.awake(), torch.random.fork_rng(), record(self.pipeline, **settings) as recording:
+        with torch.no_grad(), self.awake(), torch.random.fork_rng(), _set(self.pipeline, guidance), record(self.pipeline, **settings) as recording:
             torch.manual_seed(0)  # some pipelines draw from the global generator, too
             try:
-                self.pipeline(**arguments)
+                recording.result = self.pipeline(**arguments)
             except Stop:
                 pass
             except Exception:
                 if not (lenient and recording.steps):
                     raise
         return recording
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Float32 convolutions in float32. cuDNN rounds their inputs to 10 bits (TF32), and answers of one sample and of the same
+    sample in a batch, which probing compares, would differ by as much."""
+    now = torch.backends.cudnn
+    with now.flags(enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False):
+        yield
+
+
+def guiders(pipeline: Any) -> list[str]:
+    """Guidance that belongs to a component in place of the call: ``guider.guidance_scale``."""
+    return [f"{name}.guidance_scale" for name, c in pipeline.components.items() if hasattr(c, "guidance_scale") and hasattr(c, "num_conditions")]
+
+
+@contextmanager
+def _set(pipeline: Any, guidance: Mapping[str, float]) -> Iterator[None]:
+    """The settings among these that belong to components, for the time of the block."""
+    before = []
+    for path, value in guidance.items():
+        name, dot, attribute = path.partition(".")
+        if dot:
+            before.append((pipeline.components[name], attribute, getattr(pipeline.components[name], attribute)))
+            setattr(pipeline.components[name], attribute, value)
+    try:
+        yield
+    finally:
+        for component, attribute, value in before:
+            setattr(component, attribute, value)
 
 
 def _device(module: nn.Module) -> torch.device:

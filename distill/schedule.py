@@ -1,9 +1,10 @@
-"""Noise schedules on ``t ∈ [0, 1]`` and the exact algebra between the five ways of saying the same prediction.
+"""Noise schedules on ``t ∈ [0, 1]`` and the exact algebra between the ways of saying the same prediction.
 
     x_t = alpha(t) x0 + sigma(t) noise,      t = 0: data,  t = 1: the noisiest point of the schedule
     eps      = the noise                     v        = alpha noise − sigma x0
     velocity = dx_t/dt = alpha' x0 + sigma' noise        score = ∇ log p_t(x_t) = −noise / sigma
     f        = −v, the raw output of EDM's preconditioned networks
+    flow     = noise − x0, what flow matching learns, whatever t counts (the velocity, where alpha = 1 − t and sigma = t)
 
 All coefficients and conversions are computed in float64, whatever the network's precision: at the ends of the schedule
 a conversion divides by a small alpha or sigma, and float32 would lose there what the network knew.
@@ -18,7 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["x0", "eps", "v", "velocity", "score", "f"]
+Kind = Literal["x0", "eps", "v", "velocity", "score", "f", "flow"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
@@ -123,6 +124,8 @@ class NoiseSchedule(ABC):
             return -eps() / sigma
         if target == "v":
             return alpha * eps() - sigma * x0()
+        if target == "flow":
+            return eps() - x0()
         d_alpha, d_sigma = (expand_to(c, x_t) for c in self.derivatives(t))
         return d_alpha * x0() + d_sigma * eps()
 
@@ -137,6 +140,8 @@ class NoiseSchedule(ABC):
         if source == "v":  # the rows (alpha, sigma), (−sigma, alpha) are orthogonal: invert by the transpose
             norm = alpha**2 + sigma**2
             return (lambda: (alpha * x_t - sigma * value) / norm), (lambda: (sigma * x_t + alpha * value) / norm)
+        if source == "flow":
+            return (lambda: (x_t - sigma * value) / (alpha + sigma)), (lambda: (x_t + alpha * value) / (alpha + sigma))
         if source == "velocity":
             d_alpha, d_sigma = (expand_to(c, x_t) for c in self.derivatives(t))
             det = alpha * d_sigma - sigma * d_alpha
@@ -186,10 +191,14 @@ class TabulatedVP(NoiseSchedule):
 
 
 class Flow(NoiseSchedule):
-    """Flow matching / rectified flow: alpha = 1 − t, sigma = t. The backbone sees t · scale."""
+    """Flow matching / rectified flow: alpha = 1 − t, sigma = t. The backbone sees t · scale.
 
-    def __init__(self, scale: float = 1000.0) -> None:
-        self.scale = scale
+    Args:
+        inverted: it sees (1 − t) · scale: time runs from noise to data (Mochi, OmniGen).
+    """
+
+    def __init__(self, scale: float = 1000.0, inverted: bool = False) -> None:
+        self.scale, self.inverted = scale, inverted
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         t = double(t)
@@ -200,10 +209,11 @@ class Flow(NoiseSchedule):
         return -one, one
 
     def model_time(self, t: Tensor) -> Tensor:
-        return double(t) * self.scale
+        return (1 - double(t) if self.inverted else double(t)) * self.scale
 
     def from_model_time(self, time: Tensor) -> Tensor:
-        return double(time) / self.scale
+        share = double(time) / self.scale
+        return 1 - share if self.inverted else share
 
 
 class EDM(NoiseSchedule):
@@ -264,7 +274,14 @@ class PreconditionedEDM(EDM):
 
 
 class CosineVP(NoiseSchedule):
-    """The variance-preserving schedule alpha = cos(πt/2), sigma = sin(πt/2) (TrigFlow's circle, zero terminal SNR)."""
+    """The variance-preserving schedule alpha = cos(πt/2), sigma = sin(πt/2) (TrigFlow's circle, zero terminal SNR).
+
+    Args:
+        scale: the backbone sees t · scale: π/2 for the angle itself.
+    """
+
+    def __init__(self, scale: float = 1.0, data_scale: float = 1.0) -> None:
+        self.scale, self.data_scale = scale, data_scale
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         phi = double(t) * (math.pi / 2)
@@ -275,10 +292,10 @@ class CosineVP(NoiseSchedule):
         return -phi.sin() * (math.pi / 2), phi.cos() * (math.pi / 2)
 
     def model_time(self, t: Tensor) -> Tensor:
-        return double(t)
+        return double(t) * self.scale
 
     def from_model_time(self, time: Tensor) -> Tensor:
-        return double(time)
+        return double(time) / self.scale
 
 
 class OffsetCosineVP(NoiseSchedule):
@@ -335,8 +352,10 @@ def from_scheduler(scheduler: Any) -> tuple[NoiseSchedule, Kind]:
         return OffsetCosineVP(float(config.s)), "eps"
     if name == "IPNDMScheduler":
         return CosineVP(), "v"
+    if name == "SCMScheduler":
+        return CosineVP(math.pi / 2, float(config.sigma_data)), "v"
     if name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        return Flow(float(config.num_train_timesteps)), "velocity"
+        return Flow(float(config.num_train_timesteps), bool(config.get("invert_sigmas"))), "velocity"
     if hasattr(scheduler, "alphas_cumprod") and scheduler.alphas_cumprod is not None:
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in _KIND_OF_PREDICTION_TYPE:

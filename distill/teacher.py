@@ -9,25 +9,27 @@ teacher that does not agree.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill.call import flatten
-from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction, cat
+from distill.batching import takes_several
+from distill.call import flatten, same
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser, cat
 from distill.errors import UserError
 from distill.findings import PROBE_GUIDANCE, Guidance, probe
 from distill.guidance import Guided
-from distill.latents import Autoencoder, find_autoencoder
+from distill.latents import Autoencoder, Decoding, find_autoencoder
 from distill.overrides import Override, find_override
 from distill.probing import NotUnderstood, copies_of, values_of
-from distill.recording import Recording, Step, networks
-from distill.running import PROBE_STEPS, Runner, before_calls
+from distill.recording import Recording, Step, networks, sigma_at, take_step
+from distill.running import PROBE_STEPS, Runner, after_steps, before_calls, exact
 from distill.schedule import Kind
+from distill.walk import Walk
 
 __all__ = ["Guidance", "Teacher"]
 
@@ -46,7 +48,7 @@ class Teacher:
 
     def __init__(self, pipeline: Any, call: Mapping[str, Any] | None = None, override: Override | None = None) -> None:
         self.pipeline, name = pipeline, type(pipeline).__name__
-        override = override or find_override(None, name)
+        override = self.override = override or find_override(None, name)
         modules = [c for c in getattr(pipeline, "components", {}).values() if isinstance(c, nn.Module)]
         if not modules:
             raise UserError(f"{name} has no backbone: it cannot be a teacher")
@@ -55,7 +57,8 @@ class Teacher:
         self._runner = Runner(pipeline, call or {}, override)
         self._remembered: dict[Any, Condition] | None = None
         try:
-            found = self._found = probe(self._runner, override)
+            with exact():
+                found = self._found = probe(self._runner, override)
         except NotUnderstood as error:
             raise UserError(
                 f"{name} cannot be a teacher yet: {error}. If you know it, say it in an override: Override({error.field}=…), see distill/overrides"
@@ -66,6 +69,13 @@ class Teacher:
         self.guidance = found.guidance
         companions = [companion for companion, _ in found.companions]
         self.denoiser = BackboneDenoiser(found.backbone, found.schedule, found.understood.kind, found.understood.call, companions=companions)
+        if found.guidance is not None:
+            self.denoiser.guidance_rule = found.guidance.rule
+        if not found.batched:
+            _, x, t, told = next(self._recorded())
+            others = [told] if self.guidance is None else [told, self.condition([self.placeholder()]).unconditional()]
+            if not all(takes_several(self.denoiser, x, t, Condition(told.values), Condition(other.values)) for other in others):
+                self.denoiser.call = replace(self.denoiser.call, alone=True)
 
     # -- what it is -------------------------------------------------------------------------------------------------
 
@@ -90,7 +100,12 @@ class Teacher:
     @property
     def scheduler_kind(self) -> Kind:
         """The kind of prediction that the pipeline gives its scheduler; some convert what their network says."""
-        return self._found.scheduler_kind
+        return self.walk.kind
+
+    @property
+    def walk(self) -> Walk:
+        """Between the scheduler's samples and the backbone's states: most pipelines make no difference."""
+        return self._found.walk
 
     @property
     def guidance_free(self) -> bool:
@@ -142,7 +157,7 @@ class Teacher:
         """Encode prompts, class labels or, for an unconditional teacher, placeholders: one entry per sample.
 
         The pipeline's own ``__call__`` encodes them; it is stopped before its backbone runs. The null condition is
-        the negative prompt (by default that of ``call``, or empty) or the null class.
+        the negative prompt (by default that of ``call``, or what the pipeline does without one) or the null class.
         """
         entries = inputs.tolist() if isinstance(inputs, Tensor) else list(inputs)
         if self._remembered is not None and len(entries) <= REMEMBERED:
@@ -167,8 +182,11 @@ class Teacher:
         if guidance is None:
             return self._plain_condition(entries)
         told = found.off | {guidance.argument: PROBE_GUIDANCE}  # any at which the pipeline encodes the null condition, too
-        recording = self._first_calls(entries, told, guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
-        parts = self._values(recording, guidance.copies, batch)
+        recording = self._first_calls(entries, told, guidance.skipped + guidance.calls, negative if negative is not None else [self._runner.negative] * batch)
+        return self._guided_condition(recording, guidance, batch)
+
+    def _guided_condition(self, recording: Recording, guidance: Guidance, batch: int) -> Condition:
+        parts = self._values(recording, guidance.copies, batch, guidance.skipped)
         return Condition(parts[guidance.conditional], parts[1 - guidance.conditional])
 
     def _plain_condition(self, entries: list[Any]) -> Condition:
@@ -178,13 +196,32 @@ class Teacher:
         return Condition(self._values(recording, found.understood.copies, len(entries))[found.understood.kept])
 
     def _first_calls(
-        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str] | None = None, steps: int = PROBE_STEPS,
+        self, entries: Sequence[Any], guidance: Mapping[str, float], calls: int = 1, negative: Sequence[str | None] | None = None, steps: int = PROBE_STEPS,
     ) -> Recording:
         """Everything up to the backbone's first calls, which are answered without being computed."""
-        found = self._found
-        return self._runner.run(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, found.network), answers=found.answers)
+        return self._dry(entries, guidance, steps=steps, negative=negative, stop=before_calls(calls, self._found.network))
 
-    def _values(self, recording: Recording, copies: int, batch: int) -> list[dict[str, Tensor | list[Any]]]:
+    def _dry(self, entries: Sequence[Any], guidance: Mapping[str, Any], **settings: Any) -> Recording:
+        """A run in which the backbone answers without being computed, unless the pipeline looks inside it."""
+        try:
+            return self._runner.run(entries, guidance, answers=self._found.answers, **settings)
+        except Decoding:
+            raise
+        except Exception:
+            if not self.looks_inside:
+                raise
+            return self._runner.run(entries, guidance, **settings)
+
+    @cached_property
+    def looks_inside(self) -> bool:
+        """Whether the pipeline reads more of its backbone than the answer (attention maps), so that it has to be computed."""
+        try:
+            self._runner.run([self.placeholder()], self._found.off, stop=after_steps(1, self._found.network), answers=self._found.answers)
+        except Exception:  # whatever a pipeline says that misses something
+            return True
+        return False
+
+    def _values(self, recording: Recording, copies: int, batch: int, skipped: int = 0) -> list[dict[str, Tensor | list[Any]]]:
         """The conditions in the backbone's first calls, and its companions', one for each copy of the batch."""
         found = self._found
         fed = {path for companion, _ in found.companions for path in companion.feeds}
@@ -192,7 +229,7 @@ class Teacher:
         everyone = [("", found.network, found.understood), *((f"{c.name}:", c.name, u) for c, u in found.companions)]
         for prefix, network, understood in everyone:
             singles = [
-                values_of(single, understood, batch) for call in recording.first_calls(network)
+                values_of(single, understood, batch) for call in recording.first_calls(network)[0 if prefix else skipped :]
                 for single in copies_of(flatten(call.arguments, understood.whole), understood.call.layouts, copies)
             ]
             parts = parts or [{} for _ in singles]
@@ -208,6 +245,27 @@ class Teacher:
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor((batch, *self.sample_shape), generator, self.device, self.denoiser.dtype)
+
+    @property
+    def steps_name(self) -> str:
+        """The argument of the pipeline's call that sets the number of steps."""
+        return self._runner.steps_name
+
+    @property
+    def scheduler_name(self) -> str:
+        """The component that samples: of the schedulers of a cascade, its last stage's."""
+        used, parts = self._found.recorded.steps_of(self._found.network)[0].scheduler, self.pipeline.components
+        same = [name for name, part in parts.items() if part is used]
+        alike = [name for name, part in parts.items() if type(part) is type(used) and part.config == used.config]  # the pipeline made a copy
+        return [*same, *alike, "scheduler"][0]
+
+    @cached_property
+    def spare_timesteps(self) -> int:
+        """How many of its scheduler's timesteps the pipeline leaves out at the end (Würstchen's: its scheduler lists one more)."""
+        found = self._found
+        made = self._runner.run([self.placeholder()], found.off, answers=found.answers, lenient=True).steps_of(found.network)
+        visited, listed = [float(s.timestep.reshape(-1)[0]) for s in made], [float(t) for t in made[-1].scheduler.timesteps]
+        return len(listed) - len(visited) if visited == listed[: len(visited)] else 0
 
     def scheduler(self, steps: int) -> Any:
         """The pipeline's scheduler, set to so many steps by the pipeline itself (its sigmas, its shift)."""
@@ -226,7 +284,8 @@ class Teacher:
             generator: for schedulers that draw noise at each step.
         """
         scheduler = self.scheduler(steps)
-        x = self._drive(scheduler, condition, noise * getattr(scheduler, "init_noise_sigma", 1.0), guidance, generator)
+        scale = getattr(scheduler, "init_noise_sigma", 1.0) if self.walk.trivial else self.walk.noise_scale
+        x = self._drive(scheduler, condition, noise * scale, guidance, generator)
         return x / self.denoiser.schedule.data_scale
 
     @torch.no_grad()
@@ -238,22 +297,17 @@ class Teacher:
         Args:
             visited: steps of a recording: go to their timesteps, with the settings that the pipeline gave the scheduler.
         """
-        denoiser, rows = self.guided(guidance), self._found.rows
-        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        denoiser, rows, walk = self.guided(guidance), self._found.rows, self.walk
         for i, timestep in enumerate(scheduler.timesteps if visited is None else [s.timestep for s in visited]):
-            t = self.denoiser.schedule.from_model_time(timestep.to(x.device))
+            t = walk.at(timestep.to(x.device), sigma_at(scheduler, timestep))
+            if not walk.trivial and not walk.schedule.sigma(t).all():
+                continue  # clean data: where such a pipeline ends
             sample = rows(x)
             scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
-            value = self._for_scheduler(denoiser.predict(scaled.reshape(x.shape), t, condition))
-            settings = {} if visited is None else visited[i].settings
-            x = scheduler.step(rows(value), timestep, sample, **extra, **settings, return_dict=False)[0].reshape(x.shape)
+            value = walk.for_scheduler(denoiser.predict(walk.state(scaled.reshape(x.shape), t), t, condition))
+            method, settings = ("step", {}) if visited is None else (visited[i].method, visited[i].settings)
+            x = take_step(getattr(scheduler, method), rows(value), timestep, sample, generator, settings).reshape(x.shape)
         return x
-
-    def _for_scheduler(self, prediction: Prediction) -> Tensor:
-        """What the pipeline would give its scheduler."""
-        kind, value = self.scheduler_kind, prediction.value
-        value = value if prediction.kind == kind else prediction.as_kind(kind).to(value.dtype)
-        return value if prediction.extra is None else torch.cat([value, prediction.extra], 1)
 
     # -- images -----------------------------------------------------------------------------------------------------
 
@@ -264,11 +318,13 @@ class Teacher:
             return None
         found = self._found
 
-        def run(x0: Tensor) -> None:
+        def run(x0: Tensor) -> Any:
             def final(step: Step) -> Tensor | None:
-                return found.rows(x0) if step.calls_of(found.network) else None
+                first = x0.flatten(1)[:, : step.sample.numel()]  # of two states, what is decoded
+                return first.reshape(step.sample.shape) if step.calls_of(found.network) else None
 
-            self._runner.run([self.placeholder()], found.off, answers=found.answers, override=final)
+            arrays = {"output_type": "np"} if "output_type" in self._runner.parameters else {}
+            return self._dry([self.placeholder()], {**found.off, **arrays}, override=final).result
 
         return find_autoencoder(self.pipeline, self.sample_shape, run, self.device, self.denoiser.dtype)
 
@@ -302,6 +358,7 @@ class Teacher:
     # -- the gate ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @exact()
     def check(self, tolerance: float = 1e-5) -> float:
         """Replay the recorded calls through the ``Denoiser``; the largest absolute difference of the model outputs.
 
@@ -309,14 +366,9 @@ class Teacher:
             UserError: if it exceeds ``tolerance`` × the outputs' largest value (but at least 1): the recorded calling
                 convention would train a student towards something that is not this teacher.
         """
-        worst, found = 0.0, self._found
-        off = next(iter(found.off.values()), 1.0)
-        for step in found.recorded.steps_of(found.network):
-            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
-            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
-            told = Condition(values, guidance=torch.full((1,), off, device=self.device))
-            mine = self._for_scheduler(self.denoiser.predict(found.single(step.scaled), t, told))
-            worst = max(worst, _difference(mine, found.single(step.model_output)))
+        single, as_recorded = self._found.single, self.walk.recorded
+        replayed = ((as_recorded(self.denoiser.predict(x, t, told)), step) for step, x, t, told in self._recorded())
+        worst = _largest(_difference(mine, single(step.model_output)) for mine, step in replayed)
         if not worst <= tolerance:
             raise UserError(
                 f"the Denoiser rebuilt from {type(self.pipeline).__name__} differs from its backbone by {worst:.1e} "
@@ -324,13 +376,23 @@ class Teacher:
             )
         return worst
 
+    def _recorded(self) -> Iterator[tuple[Step, Tensor, Tensor, Condition]]:
+        """The recorded steps with what the ``Denoiser`` is to be given for them."""
+        found = self._found
+        off = next(iter(found.off.values()), 1.0)
+        for step in found.recorded.steps_of(found.network):
+            values = self._values(Recording([step]), found.understood.copies, 1)[found.understood.kept]
+            t = self.denoiser.schedule.from_model_time(step.timestep.to(self.device))
+            yield step, found.single(step.scaled), t, Condition(values, guidance=torch.full((1,), off, device=self.device))
+
     @torch.no_grad()
+    @exact()
     def reproduce(self, steps: int = PROBE_STEPS, guidance: float = 1.0) -> float:
         """Largest absolute difference between the pipeline's own sample and ours from the same noise and condition, over the
         sample's largest value (but at least 1).
 
-        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), each step starts
-        from the pipeline's own.
+        Where a pipeline changes the sample between the scheduler's steps (inpainting pastes what is known), or draws a new
+        null condition for each, each step starts from the pipeline's own.
         """
         found, single = self._found, self._found.single
         arguments = dict(found.off)
@@ -348,12 +410,27 @@ class Teacher:
         visited = recording.steps_of(found.network)
         encode = self.condition if guidance != 1 else self._plain_condition
         condition, scheduler = encode([self.placeholder()]), self.scheduler(steps)
+        if self.guidance is not None and guidance != 1:
+            told = [self._guided_condition(Recording([s]), self.guidance, 1) for s in visited]
+            if all(_samples(c) == 1 for c in told) and any(not same(told[0].null, c.null) for c in told[1:]):  # noise, say, in place of text
+                steps_told = zip(visited, told, strict=True)
+                return _largest(_difference(self._drive(scheduler, c, single(s.sample), guidance, later, [s]), single(s.result)) for s, c in steps_told)
         if all(torch.equal(b.sample, a.result) for a, b in zip(visited, visited[1:], strict=False)):
             return _difference(self._drive(scheduler, condition, single(visited[0].sample), guidance, later, visited), single(visited[-1].result))
-        return max(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
+        return _largest(_difference(self._drive(scheduler, condition, single(s.sample), guidance, later, [s]), single(s.result)) for s in visited)
 
 
 REMEMBERED = 32  #: conditions of at most so many inputs, and so many of them
+
+
+def _samples(condition: Condition) -> int:
+    """The most samples that an argument has an entry for."""
+    return max((len(v) for v in (condition.null or {}).values()), default=1)
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """NaN if one of them is (``max`` would pass it over)."""
+    return float(torch.tensor(list(differences), dtype=torch.float64).max())
 
 
 def _difference(mine: Tensor, theirs: Tensor) -> float:

@@ -11,6 +11,7 @@ from distill.call import Affine
 from distill.errors import UserError
 from distill.resources import resource
 from distill.teacher import Teacher
+from distill.walk import Rescaled, Walk
 
 CHECKED = "assets/teachers.json"
 
@@ -56,13 +57,16 @@ def describe(teacher: Teacher) -> list[tuple[str, str]]:
         ("backbone", f"{teacher.backbone_name}: {type(teacher.backbone).__name__}, {parameters:,} parameters"),
         ("predicts", denoiser.kind + (", negated" if call.sign < 0 else "")),
         ("schedule", f"{type(denoiser.schedule).__name__}, from {type(teacher.scheduler(5)).__name__}"),
+        *_loop(teacher.walk),
         ("sample", "×".join(map(str, teacher.sample_shape))),
-        ("state", f"{call.state}" + (f", {type(call.enter).__name__.lower()}" if call.enter else "")),
+        ("state", ", ".join([call.state, *call.others]) + (f", {type(call.enter).__name__.lower()}" if call.enter else "")),
         ("time", ", ".join(f"{k} = {_affine(v)}" for k, v in call.times.items())),
         ("input", teacher.input_name or "none"),
         ("conditions", shapes),
         ("guidance", guidance),
     ]
+    if call.alone:
+        found.append(("batch", "one sample per call of the network: a batch is computed sample by sample"))
     if denoiser.companions:
         found.append(("with it", ", ".join(f"{c.name}: {type(c.module).__name__}" for c in denoiser.companions)))
     found.append(("replayed", f"difference of at most {teacher.check(float('inf')):.1e}"))
@@ -70,6 +74,16 @@ def describe(teacher: Teacher) -> list[tuple[str, str]]:
     if teacher.guidance is not None:
         found.append(("", f"difference of at most {teacher.reproduce(guidance=3.0):.1e} with guidance 3"))
     return found
+
+
+def _loop(walk: Walk) -> list[tuple[str, str]]:
+    """What the pipeline does between its scheduler and its backbone, if anything."""
+    said = []
+    if isinstance(walk.own, Rescaled):
+        said.append(f"scales the sample from {type(walk.schedule).__name__} by the {walk.own.norm} of its coefficients, gives the scheduler {walk.kind}")
+    if walk.floor:
+        said.append(f"divides by no sigma below {walk.floor:g}")
+    return [("its loop", "; ".join(said))] if said else []
 
 
 def print_description(teacher: Teacher) -> None:

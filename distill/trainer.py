@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from distill.logs import RunLog
 from distill.methods.base import Batch
 from distill.optim import build_optimizer, rate_at
 from distill.roles import average
-from distill.run import DTYPES, Parts, build, restore
+from distill.run import DTYPES, Parts, build, mixed_precision, restore
 
 MAX_BAD_STEPS = 10  #: this many updates in a row with a loss or gradient that is not finite stop the run
 
@@ -54,8 +55,9 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, resume: bool = False) -> None:
         self.config, self.folder, self.method = config, folder, config.method
         settings = config.trainer
+        _forget_earlier_runs()
         self.accelerator = Accelerator(
-            cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision,
+            cpu=settings.device == "cpu", mixed_precision=mixed_precision(config),
             # Cached casts of a no_grad forward would cut the graph of the next forward of the same weights.
             kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
@@ -63,7 +65,8 @@ class Trainer:
         set_seed(config.seed)
         self.parts: Parts = build(config, self.device)
         self.roles = self.parts.roles
-        self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
+        with self.accelerator.main_process_first():  # the others find everything in the cache
+            self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
         self.parts.teacher.rest_encoders(but_decoder=self.method.needs_decoder())
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}
         self.optimizers = {
@@ -104,10 +107,11 @@ class Trainer:
                             log.write(step, {k: float(v) for k, v in values.items()})
                         if settings.sample_every and done % settings.sample_every == 0:
                             self.save_samples(done)
-                    if done % settings.checkpoint_every == 0 or done == settings.steps or self._signal is not None:
+                    signum = self._asked_to_stop()
+                    if done % settings.checkpoint_every == 0 or done == settings.steps or signum is not None:
                         self.save(done)
-                    if self._signal is not None:
-                        raise Interrupted(self._signal, done)
+                    if signum is not None:
+                        raise Interrupted(signum, done)
         finally:
             if log is not None:
                 log.close()
@@ -126,6 +130,7 @@ class Trainer:
                 with self.accelerator.autocast():
                     item = next(update, None)
                 if item is None:
+                    self._share_state()
                     return values
                 role, loss, logs = item
                 roles = (role,) if isinstance(role, str) else role
@@ -144,6 +149,12 @@ class Trainer:
         drawn = self.data.batch(index, settings.batch_size)
         noise = torch.randn(settings.batch_size, *self.parts.teacher.sample_shape, device=self.device)
         return Batch(noise, drawn.condition, drawn.x0, progress, drawn.group, drawn.inputs)
+
+    def _share_state(self) -> None:
+        """The method's running statistics, averaged over the processes: each sees samples of its own."""
+        if self.accelerator.num_processes > 1:
+            for value in self.roles.state.values():
+                value.copy_(self.accelerator.reduce(value.clone(), "mean"))
 
     def _update(self, role: str, step: int) -> float:
         """Clip and apply the gradients of one role; a step whose gradient is not finite is dropped and reported."""
@@ -260,6 +271,13 @@ class Trainer:
         for backbone in {id(n.backbone): n.backbone for n in networks if isinstance(n, BackboneDenoiser)}.values():
             backbone.compile()
 
+    def _asked_to_stop(self) -> int | None:
+        """The signal that any of the processes has got: all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._signal
+        got = self.accelerator.gather(torch.tensor([self._signal or 0], device=self.device))
+        return int(got.max()) or None
+
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM ends the run after the current step, saved; a second one ends it at once."""
@@ -275,6 +293,12 @@ class Trainer:
         finally:
             for s, handler in previous.items():
                 signal.signal(s, handler)
+
+
+def _forget_earlier_runs() -> None:
+    """accelerate keeps device and precision for the life of a process; the next run of the process may have others."""
+    alone = PartialState._shared_state.get("num_processes", 1) == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 def mix_seed(*numbers: int) -> int:

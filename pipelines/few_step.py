@@ -7,13 +7,15 @@ The times that the student was trained for, its number of steps and its guidance
 stock scheduler has to know them. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
 """
 
+import ast
 import functools
 import inspect
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin
 
-# Written by the export: the class that this one extends, and the student's settings.
+# Written by the export: the classes that these extend, and the student's settings.
+from diffusers import SchedulerMixin as StockScheduler
 from diffusers import StableDiffusionPipeline as Stock
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -26,7 +28,7 @@ SETTINGS = {}
 logger = logging.get_logger("few_step")
 
 
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
+class FewStepScheduler(StockScheduler, ConfigMixin):
     """Sample at a fixed ladder of times, or at some of them, evenly chosen from the top:
 
         x0, eps = what the network says at the time t;   x_s = alpha_s x0 + sigma_s eps;   x_u = x_s with fresh noise up to u
@@ -41,6 +43,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             alpha = 1 − sigma).
         init_noise_sigma: standard deviation of the first state.
         data_scale: what the last x0 is multiplied by.
+        sample_scale: a state of the pipeline's is so many times x_t.
+        sign: -1 where the pipeline's time runs from noise to data, so that its velocities point the other way.
+        tail: further timesteps at which the pipeline does not call its network.
     """
 
     order = 1
@@ -57,6 +62,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         init_noise_sigma=1.0,
         data_scale=1.0,
         num_train_timesteps=1000,
+        sample_scale=1.0,
+        sign=1.0,
+        tail=(),
     ):
         self.init_noise_sigma = init_noise_sigma
         self.generator = None  # the fresh noise's, for pipelines that hand none to `step`
@@ -71,7 +79,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = given
         self._chosen = [i * len(ladder) // given for i in range(given)]
         whole = self.config.prediction_type != "flow_prediction" and all(float(t).is_integer() for t in ladder)
-        times = torch.tensor([ladder[i] for i in self._chosen], dtype=torch.float64)
+        times = torch.tensor([*(ladder[i] for i in self._chosen), *self.config.tail], dtype=torch.float64)
         self.timesteps = times.to(device, torch.int64 if whole else torch.float32)
         self.sigmas = torch.tensor([*(self.config.sigmas[i] for i in self._chosen), 0.0])
         self._step_index = self._begin_index = None
@@ -105,7 +113,9 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._begin_index or 0
         config, now = self.config, self._chosen[self._step_index]
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64
-        x, said = sample.to(dtype), model_output[:, : sample.shape[1]].to(dtype)  # a learned variance is left out
+        scale = config.sample_scale
+        x, said = sample.to(dtype) / scale, model_output[:, : sample.shape[1]].to(dtype)  # a learned variance is left out
+        said = said * config.sign / scale
         alpha, sigma = config.alphas[now], config.sigmas[now]
         if config.prediction_type == "epsilon":
             x0, eps = (x - sigma * said) / alpha, said
@@ -129,6 +139,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
                 generator = self.generator if generator is None else generator
                 fresh = randn_tensor(x.shape, generator, x.device, torch.float32)
                 state = state + variance**0.5 * fresh.to(dtype)
+            state = state * scale
         state, denoised = state.to(sample.dtype), (x0 * config.data_scale).to(sample.dtype)
         return SchedulerOutput(prev_sample=state) if return_dict else (state, denoised)  # as LCMScheduler's
 
@@ -144,12 +155,23 @@ class FewStepPipeline(Stock):
 
     @functools.wraps(Stock.__init__)
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if not hasattr(self.scheduler, "generator") and "scheduler" in self.settings:
-            scheduler = FewStepScheduler(**self.settings["scheduler"])
-            others = {k: v for k, v in self.scheduler.config.items() if k not in scheduler.config and not k.startswith("_")}
-            scheduler.register_to_config(**others)  # pipelines read what they need of it
-            self.register_modules(scheduler=scheduler)
+        given = inspect.signature(super().__init__).bind(*args, **kwargs)
+        name = self.settings.get("component", "scheduler")
+        # Before anything else: the stages of a cascade are pipelines of their own, made of these parts.
+        given.arguments[name] = self.few_step_scheduler(given.arguments[name])
+        super().__init__(*given.args, **given.kwargs)
+        self.register_modules(**{name: self.few_step_scheduler(getattr(self, name))})  # some classes make one of their own
+        for attribute, value in self.settings.get("attributes", {}).items():
+            setattr(self, attribute, ast.literal_eval(value))
+
+    def few_step_scheduler(self, stock):
+        """The student's scheduler in place of a stock one."""
+        if hasattr(stock, "generator") or "scheduler" not in self.settings:
+            return stock
+        scheduler = FewStepScheduler(**self.settings["scheduler"])
+        others = {k: v for k, v in stock.config.items() if k not in scheduler.config and not k.startswith("_")}
+        scheduler.register_to_config(**others)  # pipelines read what they need of it
+        return scheduler
 
     @classmethod
     def on(cls, pipe):
@@ -172,7 +194,7 @@ class FewStepPipeline(Stock):
         for name, value in settings.get("call", {}).items():
             if given.arguments.get(name) is None:
                 given.arguments[name] = value
-        self.scheduler.generator = given.arguments.get("generator")
+        getattr(self, settings.get("component", "scheduler")).generator = given.arguments.get("generator")
         ordered = inspect.BoundArguments(signature, {n: given.arguments[n] for n in signature.parameters if n in given.arguments})
         return stock(*ordered.args, **ordered.kwargs)
 

@@ -121,7 +121,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, assignment: str, messag
         (["teacher.quantize=4bit", "student.train=[mid_block]"], "teacher.quantize: quantises weights that the student's frozen layers share"),
         (["teacher.quantize=4bit", "trainer.offload=true"], "quantised weights stay on the device"),
         (["teacher.quantize=4bit", "trainer.compile=true"], "quantised layers are not compiled"),
-        (["teacher.quantize=3bit"], "teacher.quantize: input should be 'none', '8bit' or '4bit'"),
+        (["teacher.quantize=3bit"], "teacher.quantize: input should be 'none', '8bit', '4bit', 'int8', 'int4' or 'float8'"),
     ],
 )
 def test_impossible_pairs_are_refused(tmp_path: Path, assignments: list[str], message: str) -> None:

@@ -14,13 +14,16 @@ from distill.config import load_config
 from distill.logs import read_metrics
 from distill.memory import checkpoint_activations
 from distill.quantize import quantize
+from distill.running import exact
 from distill.teacher import Teacher
 from distill.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("extra", [[], ["trainer.mixed_precision=bf16"], ["trainer.mixed_precision=fp16"], ["trainer.compile=true"]])
+@pytest.mark.parametrize("extra", [
+    [], ["trainer.mixed_precision=bf16"], ["trainer.mixed_precision=fp16"], ["trainer.compile=true"], ["teacher.dtype=bfloat16"], ["teacher.dtype=float16"],
+])
 def test_quickstart_trains(tmp_path: Path, extra: list[str]) -> None:
     config = load_config("quickstart", ["trainer.steps=20", "trainer.log_every=1", "trainer.device=cuda", f"output.folder={tmp_path}", *extra])
     Trainer(config, tmp_path).fit()
@@ -28,6 +31,7 @@ def test_quickstart_trains(tmp_path: Path, extra: list[str]) -> None:
     assert len(rows) == 20 and all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows)
 
 
+@exact()  # cuDNN's TF32 has 10 bits
 def test_teacher_agrees_with_the_cpu() -> None:
     from distill.run import load_teacher
 
@@ -89,6 +93,8 @@ def missing(package: str) -> pytest.MarkDecorator:
         ["student={ema_device: cpu, ema_dtype: bfloat16, train: [mid_block, up_blocks]}", "trainer.offload=true"],
         ["student={weights: lora, lora: {rank: 4, dora: true}}", "trainer.gradient_checkpointing=true", "trainer.mixed_precision=bf16"],
         ["student.architecture={block_out_channels: [16, 24]}"],
+        ["student={weights: lora, lora: {rank: 4}}", "trainer.batched_roles=true", "method={name: dmd2, guidance_scale: 3.0}"],
+        pytest.param(["teacher.quantize=int8", "student={weights: lora}"], marks=missing("torchao")),
         pytest.param(["teacher.quantize=8bit"], marks=missing("bitsandbytes")),
         pytest.param(["teacher.quantize=4bit", "student={weights: lora}", "trainer.gradient_checkpointing=true"], marks=missing("bitsandbytes")),
         pytest.param(["optimizers.student.name=adamw8bit"], marks=missing("bitsandbytes")),

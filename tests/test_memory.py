@@ -265,11 +265,13 @@ def test_flash_allows_no_other_kernel() -> None:
             return inner(*args, **kwargs)
 
     layer.processor = Watch()
-    roles.student(x, t, condition)
-    layer.processor = lambda *args, **kwargs: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    roles.student(x, t, condition)  # float32: any kernel
+    with torch.autocast("cpu", torch.bfloat16):
         roles.student(x, t, condition)
-    assert allowed == [False] and torch.backends.cuda.math_sdp_enabled()
+    layer.processor = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError), torch.autocast("cpu", torch.bfloat16):
+        roles.student(x, t, condition)
+    assert allowed == [True, False] and torch.backends.cuda.math_sdp_enabled()
 
 
 def test_xformers_that_cannot_run_say_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,43 @@ def test_eight_bit_adam_counts_on_after_a_resume(tmp_path: Path) -> None:
     assert torch.equal(second, whole) and not torch.equal(first, whole)
 
 
+torchao_installed = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
+
+
+@torchao_installed
+@pytest.mark.parametrize(("bits", "error"), [("int8", 0.02), ("float8", 0.06)])
+def test_torchao_quantises_the_same_layers(bits: Any, error: float) -> None:
+    teacher = Teacher(tiny_stable_diffusion())
+    x, t, condition = inputs(teacher)
+    before = teacher.denoiser(x, t, condition)
+    layers = {n for n, m in teacher.backbone.named_modules() if type(m) is nn.Linear and inside_a_block(n)}
+    quantize.quantize(teacher.backbone, bits, CPU)
+    after = teacher.denoiser(x, t, condition)
+    assert 0 < (after - before).norm() / before.norm() < error
+    changed = {n.removesuffix(".weight") for n, p in teacher.backbone.named_parameters() if type(p) not in (nn.Parameter, torch.Tensor)}
+    assert changed == layers and len(layers) > 10
+    sample = x.clone().requires_grad_()
+    teacher.denoiser(sample, t, condition).square().mean().backward()
+    assert sample.grad is not None and sample.grad.abs().max() > 0 and teacher.denoiser.dtype == torch.float32
+    roles, adapters = build_roles(teacher, ["student", "critic"], LoRA(2, 2))
+    assert adapters is not None and torch.equal(roles.student(x, t, condition), after) and torch.equal(roles.teacher(x, t, condition), after)
+    perturb(roles.parameters("student"))
+    roles.student(x, t, condition).square().mean().backward(inputs=roles.parameters("student"))
+    assert all(p.grad is not None and p.grad.any() for p in roles.parameters("student"))
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from distill.config import load_config
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"teacher.quantize: needs torchao, which is not installed: pip install 'distill-diffusion\[torchao\]'"):
+        load_config("quickstart", ["teacher.quantize=int8", f"output.folder={tmp_path}"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert load_config("quickstart", ["teacher.quantize=float8", f"output.folder={tmp_path}"]).teacher.quantize == "float8"
+    with pytest.raises(UserError, match="DoRA does not work on int8 layers"):
+        load_config("quickstart", ["teacher.quantize=int8", "student={weights: lora, lora: {dora: true}}", f"output.folder={tmp_path}"])
+
+
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes, which is not installed: pip install 'distill-diffusion\[quantization\]'"):

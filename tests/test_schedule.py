@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, Flow
 from tiny import vp_scheduler
 
 from distill.schedule import EDM, KINDS, CosineVP, Flow, NoiseSchedule, TabulatedVP, from_scheduler
+from distill.walk import Rescaled, VarianceExploding
 
 CASES: dict[str, NoiseSchedule] = {
     "sd": from_scheduler(vp_scheduler())[0],
@@ -18,6 +19,8 @@ CASES: dict[str, NoiseSchedule] = {
     "trigonometric": CosineVP(),
     "flow": Flow(),
     "edm": EDM(),
+    "variance exploding": VarianceExploding(0.002, 80.0),
+    "rectified by the loop": Rescaled(VarianceExploding(0.002, 80.0), "sum", "share"),
 }
 ENDS = torch.tensor([1e-5, 1e-4, 1 - 1e-4, 1 - 1e-5], dtype=torch.float64)
 INSIDE = torch.cat([ENDS, torch.linspace(0.002, 0.998, 83, dtype=torch.float64)])
@@ -50,7 +53,7 @@ def test_conversions_recover_what_was_mixed(name: str) -> None:
     alpha, sigma = schedule.coefficients(x0, INSIDE)
     d_alpha, d_sigma = (d[:, None] for d in schedule.derivatives(INSIDE))
     expected = {
-        "eps": noise, "v": alpha * noise - sigma * x0, "velocity": d_alpha * x0 + d_sigma * noise, "score": -noise / sigma,
+        "eps": noise, "v": alpha * noise - sigma * x0, "velocity": d_alpha * x0 + d_sigma * noise, "score": -noise / sigma, "flow": noise - x0,
     }
     for kind, value in expected.items():
         got = schedule.convert(x0, x_t, INSIDE, "x0", kind)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """The loop: exact resume, exact accumulation, isolation of the roles, signals, and steps that are not finite."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -181,6 +182,12 @@ def test_a_signal_saves_and_ends_the_run(tmp_path: Path) -> None:
     assert caught.value.signum == signal.SIGTERM and caught.value.step == 3
     assert checkpoint.steps(folder / "checkpoints") == [3]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_runs_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
+    for precision in ("no", "bf16", "no"):
+        trainer = Trainer(config_for(tmp_path / "run", CONSISTENCY, f"trainer.mixed_precision={precision}"), tmp_path / "run")
+        assert trainer.accelerator.mixed_precision == precision and math.isfinite(float(trainer.step(0)["student/loss"]))
 
 
 def test_averaged_weights_come_and_go(tmp_path: Path) -> None:

@@ -34,6 +34,17 @@ QUICK = {
     "StableCascadePriorPipeline": "a cosine schedule in continuous time",
     "ConsistencyModelPipeline": "EDM's preconditioning",
     "QwenImage21Pipeline": "an override",
+    "Cosmos2TextToImagePipeline": "a rectified flow under a scheduler that adds noise to the data; images of 8 bits",
+    "SanaSprintPipeline": "a rectified flow under TrigFlow",
+    "PRXPixelPipeline": "x0 turned into a velocity with a floor",
+    "OmniGenPipeline": "time from noise to data, guidance that is never off, the conditional half first",
+    "Cosmos3OmniPipeline": "one sample per call, one time per token",
+    "UniDiffuserPipeline": "a state in two parts; a null condition of noise",
+    "StableDiffusionAttendAndExcitePipeline": "attention maps that are read between the calls",
+    "StableDiffusionParadigmsPipeline": "another method of the scheduler; students go home in another class",
+    "HunyuanVideo15Pipeline": "guidance in a component",
+    "Kandinsky6TI2VAPipeline": "two states",
+    "ZImageControlNetPipeline": "a mapping with numbers for keys",
 }
 ROWS = {row["name"]: row for row in checked()}
 

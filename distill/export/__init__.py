@@ -17,12 +17,13 @@ from typing import Any
 from distill.errors import UserError
 from distill.export import assembly, few_step, kohya, words
 from distill.export.assembly import carry_code
-from distill.export.calls import call_guidance, plain_call
-from distill.export.files import VARIANTS, check_shard_size, read_facts, to_variant, write_facts, writing
+from distill.export.calls import Plain, call_guidance, plain_call
+from distill.export.files import VARIANTS, check_shard_size, read_facts, set_attributes, to_variant, write_facts, writing
 from distill.export.lora import export_lora
 from distill.export.proof import prove, reload
 from distill.export.schedulers import NoStockScheduler, choose
-from distill.loading import FACTS, load_pipeline, quiet
+from distill.export.tied import untied
+from distill.loading import FACTS, FEW_STEP_FILE, load_pipeline, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
 from distill.student import Student
@@ -61,23 +62,25 @@ def export_diffusers(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         backbone = assembly.merged(student)
-        stock = choose(student, lambda scheduler: assembly.assemble(student, student.denoiser.backbone, scheduler))
+        stock = choose(student, lambda scheduler: assembly.assemble(student, backbone, scheduler))
         pipeline = assembly.assemble(student, backbone, stock.scheduler)
         code = _save(pipeline, temporary, format)
         said: dict[str, Any] = {"form": "diffusers", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
+        said["attributes"] = {name: repr(value) for name, value in assembly.attributes(pipeline).items()}
         no_arguments = _needs_no_arguments(pipeline)
-        if not no_arguments:
-            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, stock.plain), code)
+        arguments = {} if no_arguments else {student.teacher.steps_name: student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
         write_facts(temporary, student.sampler, **said)
-        arguments = {} if no_arguments else {"num_inference_steps": student.sampler.steps, **stock.plain, **stock.calls[student.sampler.steps]}
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name)
+        loaded = reload(temporary, pipeline, student, changed=changed, code=code, few_step=False, variant=format.variant)
+        set_attributes(loaded, said)
+        prove(student, loaded, "the exported pipeline", stock.plain, stock.calls, half=format.variant is not None)
+        if not no_arguments:
+            _add_few_step(student, temporary, loaded, stock.plain, said, format)
         note = words.seed_note(stock.generator_used, student.sampler.gamma, student.sampler.steps)
         load = words.load_stock(folder, pipeline, code=code, dtype=format.variant, call=note + words.call_code(student, arguments))
-        also = None if no_arguments else words.load_few_step(folder, pipeline, student, format.variant, named=False)
+        also = None if "few_step" not in said else words.load_few_step(folder, pipeline, student, format.variant, named=False)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, also), encoding="utf-8")
-        changed = (student.teacher.backbone_name, "scheduler")
-        loaded = reload(temporary, pipeline, student, changed=changed, code=code, few_step=False, variant=format.variant)
-        prove(student, loaded, "the exported pipeline", stock.plain, stock.calls, half=format.variant is not None)
 
 
 def export_few_step(
@@ -94,19 +97,41 @@ def export_few_step(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
-        pipeline = assembly.assemble(student, assembly.merged(student), student.teacher.pipeline.scheduler)
-        code = _save(pipeline, temporary, format)
+        pipeline = assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student))
+        _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
-        said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
         few_step.name_class(temporary)
-        write_facts(temporary, student.sampler, **said)
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name)
+        every: dict[int, dict[str, Any]] = {n: {} for n in range(1, len(student.sampler.times) + 1)}
+
+        def check(written: dict[str, Any]) -> None:
+            write_facts(temporary, student.sampler, **said, few_step=written)
+            loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
+            prove(student, loaded, "the exported pipeline", plain, every, half=format.variant is not None)
+
+        few_step.write_proven(student, temporary, type(pipeline), few_step.settings_of(student, plain), check)
         load = words.load_few_step(folder, pipeline, student, format.variant, named=True)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics, None), encoding="utf-8")
-        changed = (student.teacher.backbone_name, "scheduler")
-        loaded = reload(temporary, pipeline, student, changed=changed, code=True, few_step=False, variant=format.variant)
-        every = range(1, len(student.sampler.times) + 1)
-        prove(student, loaded, "the exported pipeline", plain, {n: {} for n in every}, half=format.variant is not None)
+
+
+def _add_few_step(student: Student, folder: Path, stock: Any, plain: Plain, said: dict[str, Any], format: Format) -> None:
+    """Lay the few-step pipeline file beside a stock export, and say so in distill.json; unless it does not sample as the student.
+
+    Args:
+        stock: the export, loaded.
+    """
+    every: dict[int, dict[str, Any]] = {n: {} for n in range(1, len(student.sampler.times) + 1)}
+
+    def check(written: dict[str, Any]) -> None:
+        prove(student, few_step.remade(folder, stock), "the few-step pipeline", plain, every, half=format.variant is not None)
+
+    try:
+        said["few_step"] = few_step.write_proven(student, folder, type(stock), few_step.settings_of(student, plain), check)
+    except UserError as error:
+        said["no_few_step"] = str(error)
+        (folder / FEW_STEP_FILE).unlink(missing_ok=True)
+    write_facts(folder, student.sampler, **said)
 
 
 def check_forms(student: Student, forms: Sequence[str]) -> None:
@@ -128,12 +153,14 @@ def load_export(folder: Path, **options: Any) -> Any:
     """
     facts = read_facts(folder) or {}
     variant = next((v for v in VARIANTS if any(folder.rglob(f"*.{v}*.safetensors"))), None)
-    return load_pipeline(folder, variant=variant, few_step=any((facts.get("calls") or {}).values()), **options)
+    pipeline = load_pipeline(folder, variant=variant, few_step="few_step" in facts and any((facts.get("calls") or {}).values()), **options)
+    set_attributes(pipeline, facts)
+    return pipeline
 
 
 def _save(pipeline: Any, folder: Path, format: Format) -> bool:
     """Weights, configurations and the code of classes that no library has; whether there was such code."""
-    with quiet():
+    with quiet(), untied(pipeline):
         try:
             pipeline.save_pretrained(folder, safe_serialization=True, variant=format.variant, max_shard_size=format.max_shard_size)
         except (ValueError, NotImplementedError) as error:
@@ -143,7 +170,7 @@ def _save(pipeline: Any, folder: Path, format: Format) -> bool:
     code = assembly.own_code(pipeline)
     if code:
         assembly.carry_own_code(folder, pipeline)
-    return code
+    return assembly.name_modules(folder, pipeline) or code
 
 
 def _needs_no_arguments(pipeline: Any) -> bool:

@@ -33,7 +33,8 @@ def plain_call(student: Student, pipeline: Any) -> dict[str, Any]:
     plain = fixed_arguments(student) | guidance_off(student, pipeline)
     if student.sampler.guidance_range is not None:
         plain["guidance_scale"] = call_guidance(student.sampler)
-    return {k: v for k, v in plain.items() if k not in ("num_inference_steps", "generator", "output_type")}
+    foreign = {k for k in plain if takes(student.teacher.pipeline, k) and not takes(pipeline, k)}  # a student's class may be another
+    return {k: v for k, v in plain.items() if k not in (student.teacher.steps_name, "generator", "output_type", *foreign)}
 
 
 def fixed_arguments(student: Student) -> dict[str, Any]:
@@ -59,5 +60,5 @@ def call_arguments(student: Student, pipeline: Any, inputs: Sequence[Any], steps
         what[name] = inputs[0] if name == "prompt" and len(inputs) == 1 else list(inputs)  # some take one prompt only
     elif takes(pipeline, "batch_size"):
         what["batch_size"] = len(inputs)
-    settings = {"num_inference_steps": steps, "output_type": "np"}
+    settings = {student.teacher.steps_name: steps, "output_type": "np"}
     return {**plain, **what, **{k: v for k, v in settings.items() if takes(pipeline, k)}}

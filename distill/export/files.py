@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +78,21 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return dict(facts)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): export the student again") from None
+
+
+def set_attributes(pipeline: Any, facts: Mapping[str, Any]) -> None:
+    """Set on a loaded pipeline what was set on the teacher's after its construction, and is not saved by diffusers.
+
+    Raises:
+        UserError: if the facts are damaged.
+    """
+    try:
+        values = {str(name): ast.literal_eval(value) for name, value in (facts.get("attributes") or {}).items()}
+    except (ValueError, SyntaxError, AttributeError, TypeError) as error:
+        raise UserError(f"{FACTS} is damaged ({error}): export the student again") from None
+    for name, value in values.items():
+        if name.isidentifier() and not name.startswith("_") and name in vars(pipeline):
+            setattr(pipeline, name, value)
 
 
 # -- weights ------------------------------------------------------------------------------------------------------------

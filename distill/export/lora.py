@@ -19,6 +19,7 @@ from distill.export.schedulers import NoStockScheduler, Stock, choose
 from distill.loading import FEW_STEP_FILE, quiet
 from distill.modelcard import license_of, model_card
 from distill.resources import find
+from distill.running import is_cascade
 from distill.student import Student
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -48,7 +49,7 @@ def export_lora(
         form = "kohya" if names == "kohya" else "diffusers" if _loader(student.teacher.pipeline, backbone) else "peft"
         _write_weights(student, temporary, form, layers)
         stock = _stock(student)
-        pipeline = assembly.assemble(student, backbone, student.teacher.pipeline.scheduler if stock is None else stock.scheduler)
+        pipeline = assembly.assemble(student, backbone, assembly.own_scheduler(student) if stock is None else stock.scheduler)
         plain = plain_call(student, pipeline) if stock is None else stock.plain
         said: dict[str, Any] = {"form": "lora", "names": form, "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         code = assembly.own_code(pipeline)
@@ -56,9 +57,8 @@ def export_lora(
             stock.scheduler.save_pretrained(temporary / "scheduler")
             said["calls"] = {str(n): extra for n, extra in stock.calls.items()}
         if stock is None or not code:
-            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain), code)
-            if code:
-                assembly.carry_pipeline(temporary, pipeline)
+            said["few_step"] = few_step.write(temporary, type(pipeline), few_step.settings_of(student, plain))
+            assembly.carry_pipeline(temporary, pipeline)
         write_facts(temporary, student.sampler, **said)
         load = _load_code(student, folder, teacher_name, form, stock, code)
         (temporary / "README.md").write_text(_card(student, method, teacher_name, load, metrics), encoding="utf-8")
@@ -168,7 +168,10 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
     if form == "peft":
         lines[1:1] = ["from peft import PeftModel"]
     none = "".join(f", {name}=None" for name in absent(student.teacher.pipeline))
-    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{few}{trust}')
+    scheduler = "" if stock is None else f'{type(stock.scheduler).__name__}.from_pretrained("{path}", subfolder="scheduler")'
+    stages = is_cascade(student.teacher.pipeline)  # pipelines of their own, made of these parts
+    given = f", {student.teacher.scheduler_name}={scheduler}" if scheduler and stages else ""
+    lines.append(f'pipe = DiffusionPipeline.from_pretrained("{teacher_name}"{none}{given}{few}{trust}')
     if stock is None and code:  # a teacher with a class of its own: diffusers loads no other on top of it
         lines[1:1] = ["from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module"]
         lines.append(f'pipe = get_class_from_dynamic_module("{path}", module_file="{FEW_STEP_FILE}", trust_remote_code=True).on(pipe)')
@@ -178,8 +181,9 @@ def _load_code(student: Student, folder: Path, teacher_name: str, form: str, sto
         lines.append(f'pipe.load_lora_weights("{path}")')
     arguments: dict[str, Any] = {}
     if stock is not None:
-        lines.append(f'pipe.scheduler = {type(stock.scheduler).__name__}.from_pretrained("{path}", subfolder="scheduler")')
-        arguments = {"num_inference_steps": sampler.steps, **stock.plain, **stock.calls[sampler.steps]}
+        lines += words.attribute_lines(student.teacher.pipeline).splitlines()
+        lines += [] if stages else [f"pipe.{student.teacher.scheduler_name} = {scheduler}"]
+        arguments = {student.teacher.steps_name: sampler.steps, **stock.plain, **stock.calls[sampler.steps]}
         note = words.seed_note(stock.generator_used, sampler.gamma, sampler.steps)
         lines += [note.strip()] if note else []
     return "\n".join([*lines, words.call_code(student, arguments)]) + "\n"

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.export.calls import Plain, call_arguments, call_guidance, probe_inputs
-from distill.export.rehearsal import Trace, resumed, seeded, watching
-from distill.loading import FEW_STEP_FILE, quiet
+from distill.export.rehearsal import Trace, distance, resumed, seeded, unit_noise, watching
+from distill.latents import as_images
+from distill.loading import FEW_STEP_FILE, quiet, read_model_index
 from distill.student import Student
 
 TOLERANCE = 1e-4  #: largest difference of images in [0, 1] between the exported student and ours, in float32
+ROUNDING = 1e-6  #: of float32 samples that differ by the order of the arithmetic alone, over their largest value
 HALF_TOLERANCE = 0.1  #: the same where weights or arithmetic are in half precision
 
 
@@ -29,7 +30,9 @@ def reload(folder: Path, written: Any, student: Student, *, changed: tuple[str, 
     """
     import diffusers
 
-    kept: dict[str, Any] = {k: v for k, v in written.components.items() if k not in changed and isinstance(v, nn.Module)}
+    index = read_model_index(folder)
+    own = {k for k in written.components if (folder / k / f"{index[k][0]}.py").is_file()}  # diffusers loads these by itself only
+    kept: dict[str, Any] = {k: v for k, v in written.components.items() if k not in (*changed, *own) and isinstance(v, nn.Module)}
     kept |= {name: None for name in absent(written)}
     extra: dict[str, Any] = {"trust_remote_code": True} if code or few_step else {}
     extra |= {"custom_pipeline": Path(FEW_STEP_FILE).stem} if few_step else {}
@@ -58,19 +61,20 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
     limit = HALF_TOLERANCE if half or student.denoiser.dtype != torch.float32 else TOLERANCE
     attempts = [(n, call_arguments(student, pipeline, inputs, n, plain) | calls[n]) for n in range(1, len(student.sampler.times) + 1)]
     if hasattr(pipeline, "settings"):
-        bare = {k: v for k, v in attempts[steps_of_call - 1][1].items() if k not in ("num_inference_steps", *pipeline.settings["call"])}
+        bare = {k: v for k, v in attempts[steps_of_call - 1][1].items() if k not in (student.teacher.steps_name, *pipeline.settings["call"])}
         attempts.append((steps_of_call, bare))
     for steps, arguments in attempts:
         trace = Trace()
         try:
-            with seeded() as generator, watching(pipeline, steps, trace, made_up=False), quiet():
+            with seeded() as generator, watching(getattr(pipeline, student.teacher.scheduler_name), steps, trace, made_up=False), quiet():
                 images = as_images(pipeline(**arguments, generator=generator))
         except Exception as error:  # whatever a pipeline may raise
             raise UserError(f"{what} cannot be called: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}: not written") from error
         if trace.noise is None:
             raise UserError(f"{what} never used its scheduler: not written")
         with resumed(trace) as fresh:
-            noise = trace.noise.reshape(-1, *student.teacher.sample_shape)  # some schedulers have a row per frame
+            noise = unit_noise(student.teacher.walk, getattr(pipeline, student.teacher.scheduler_name), trace.noise)
+            noise = noise.reshape(-1, *student.teacher.sample_shape)  # some schedulers have a row per frame
             x0 = student.sample_from(condition, noise, steps, fresh, call_guidance(student.sampler))
         difference = _difference(student, images, x0, trace)
         if not difference <= limit:
@@ -79,26 +83,37 @@ def prove(student: Student, pipeline: Any, what: str, plain: Plain, calls: Mappi
 
 def _difference(student: Student, images: Tensor | None, x0: Tensor, trace: Trace) -> float:
     """The largest difference of the images; of the samples that the images are made of, where the pipeline makes
-    something else of them than one image per sample (depth maps, several sizes)."""
-    if images is not None:
-        ours = student.teacher.decode(x0).cpu().float()
-        ours = ours.movedim(2, 1).flatten(0, 1) if ours.dim() == 5 else ours  # frames in the batch, as the pipeline's
-        if images.numel() == ours.numel():
-            return float((images - ours.reshape(images.shape)).abs().max())
+    something else of them than one image per sample (depth maps, several sizes), or rounds them to 8 bits (for a safety checker).
+
+    Some decoders jump: those with a codebook take the entry nearest to each value, and rounding may choose another one. So
+    where the samples are equal but for rounding, the pipeline's images are compared with those of its own samples.
+    """
     assert trace.final is not None
-    x0 = x0.float() * student.denoiser.schedule.data_scale
-    return float((trace.final.float().reshape(x0.shape) - x0).abs().max()) / max(1.0, float(x0.abs().max()))
+    samples = distance(x0 * student.denoiser.schedule.data_scale, trace.final.reshape(x0.shape))
+    if images is None:
+        return samples
+    difference = _of_images(student, images, x0)
+    if difference is None:
+        return samples
+    if difference > TOLERANCE and samples <= ROUNDING:
+        return _of_images(student, images, trace.final.reshape(x0.shape) / student.denoiser.schedule.data_scale) or 0.0
+    return difference
+
+
+def _of_images(student: Student, images: Tensor, x0: Tensor) -> float | None:
+    """The largest difference of images from those of a sample; None if they are not of one size, or rounded to 8 bits."""
+    ours = student.teacher.decode(x0).cpu().float()
+    ours = ours.movedim(2, 1).flatten(0, 1) if ours.dim() == 5 else ours  # frames in the batch, as the pipeline's
+    if images.numel() != ours.numel():
+        return None
+    difference = float((images - ours.reshape(images.shape)).abs().max())
+    return None if _whole(images * 255) and difference <= 1 / 255 + TOLERANCE else difference
+
+
+def _whole(x: Tensor) -> bool:
+    return bool(((x - x.round()).abs() < 1e-3).all())
 
 
 def absent(pipeline: Any) -> list[str]:
     """Components that the pipeline has none of, and that diffusers wants to be told so (``text_encoder_3=None``)."""
     return [name for name, part in pipeline.components.items() if part is None and name not in type(pipeline)._optional_components]
-
-
-def as_images(output: Any) -> Tensor | None:
-    """A pipeline's "np" output as (batch, channels, height, width) in [0, 1], videos with their frames in the batch; None
-    where it is something else."""
-    value = output[0] if isinstance(output, tuple) else next((getattr(output, n) for n in ("images", "frames") if hasattr(output, n)), None)
-    if not isinstance(value, (np.ndarray, Tensor)) or value.ndim < 4:
-        return None
-    return torch.as_tensor(value).float().flatten(0, -4).movedim(-1, -3)

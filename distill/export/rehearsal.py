@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,8 @@ from distill.denoiser import Condition, Denoiser, Prediction
 from distill.export.calls import Plain, call_arguments, probe_inputs
 from distill.loading import quiet
 from distill.sampling import renoise_sample
-from distill.schedule import Kind, NoiseSchedule
 from distill.student import Student
+from distill.walk import Walk
 
 #: Largest difference of two states that count as equal, relative to the largest value (and to 1): float32 arithmetic in
 #: another order.
@@ -50,16 +50,16 @@ class Trace:
 
 
 class MadeUp(Denoiser):
-    """A denoiser that says what the scheduler was given, and notes where it was asked."""
+    """A denoiser that says what the scheduler was given, and notes where it was asked; in the scheduler's space."""
 
-    def __init__(self, schedule: NoiseSchedule, kind: Kind, answers: list[Tensor]) -> None:
-        self.schedule, self.kind, self.answers = schedule, kind, answers
+    def __init__(self, walk: Walk, answers: list[Tensor]) -> None:
+        self.walk, self.schedule, self.kind, self.answers = walk, walk.schedule, walk.kind, answers
         self.states: list[Tensor] = []
         self.timesteps: list[float] = []
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Any = ()) -> Prediction:
-        answer = self.answers[len(self.states)]
-        self.states.append(x_t)
+        answer = self.answers[len(self.states)] * (self.walk.sign / self.walk.unit)
+        self.states.append(x_t * self.walk.unit)
         self.timesteps.append(float(self.schedule.model_time(t).reshape(-1)[0]))
         return Prediction(answer[:, : x_t.shape[1]], self.kind, x_t, t, self.schedule)
 
@@ -76,7 +76,9 @@ class Rehearsal:
         trace, student = Trace(), self.student
         backbone = getattr(pipeline, student.teacher.backbone_name)
         arguments = call_arguments(student, pipeline, probe_inputs(student), steps, plain) | extra
-        with seeded() as generator, self._remembering(backbone), watching(pipeline, steps, trace, made_up=True):
+        remembering = nullcontext() if student.teacher.looks_inside else self._remembering(backbone)
+        scheduler = getattr(pipeline, student.teacher.scheduler_name)
+        with seeded() as generator, remembering, watching(scheduler, steps, trace, made_up=True):
             try:
                 with quiet():  # schedulers warn of timesteps that they did not choose themselves
                     pipeline(**arguments, generator=generator)
@@ -86,9 +88,10 @@ class Rehearsal:
                 trace.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if len(trace.answers) != steps or trace.noise is None:
             return trace.error or f"the scheduler makes {len(trace.answers)} steps, not {steps}", trace
-        ours = MadeUp(student.denoiser.schedule, student.teacher.scheduler_kind, trace.answers)
+        ours = MadeUp(student.teacher.walk, trace.answers)
         with resumed(trace) as fresh:
-            final = renoise_sample(ours, student.sampler.ladder(steps), trace.noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
+            noise = unit_noise(ours.walk, getattr(pipeline, student.teacher.scheduler_name), trace.noise)
+            final = renoise_sample(ours, student.sampler.ladder(steps), noise, None, fresh, student.sampler.gamma) * ours.schedule.data_scale
         return compare(ours, final, trace), trace
 
     @contextmanager
@@ -114,6 +117,11 @@ class Rehearsal:
                 backbone.forward = hidden  # type: ignore[method-assign]
 
 
+def unit_noise(walk: Walk, scheduler: Any, noise: Tensor) -> Tensor:
+    """A trace's noise with unit variance also where the pipeline, not its scheduler, scales the first sample."""
+    return noise if walk.trivial else noise * (getattr(scheduler, "init_noise_sigma", 1.0) / walk.noise_scale)
+
+
 def compare(ours: MadeUp, final: Tensor, theirs: Trace) -> str | None:
     """In words, the first difference of two samplers; None if there is none."""
     for k, (a, b) in enumerate(zip(ours.states, theirs.states, strict=True)):
@@ -123,31 +131,31 @@ def compare(ours: MadeUp, final: Tensor, theirs: Trace) -> str | None:
         if abs(time_a - time_b) > 1e-5 * max(1.0, abs(time_a)):
             return f"step {k + 1} is at timestep {time_b:g}, not {time_a:g}"
         if not _close(a, b):
-            return f"the state at step {k + 1} differs by {_distance(a, b):.1e}"
+            return f"the state at step {k + 1} differs by {distance(a, b):.1e}"
     if theirs.final is None or theirs.final.shape != final.shape:
         return "it ends otherwise"
-    return None if _close(final, theirs.final) else f"the last step differs by {_distance(final, theirs.final):.1e}"
+    return None if _close(final, theirs.final) else f"the last step differs by {distance(final, theirs.final):.1e}"
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference over the largest value (but at least 1)."""
     return float((a.double() - b.double()).abs().max()) / max(1.0, float(a.double().abs().max()))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    return _distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
+    return distance(a, b) <= (TOLERANCE if b.dtype == torch.float32 else 5e-2)
 
 
 # -- watching -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def watching(pipeline: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
-    """Note what the pipeline's scheduler does.
+def watching(scheduler: Any, steps: int, trace: Trace, made_up: bool) -> Iterator[None]:
+    """Note what a pipeline's scheduler does.
 
     Args:
         made_up: replace the model outputs by made-up ones, and stop the pipeline after so many steps.
     """
-    scheduler = pipeline.scheduler
     original = scheduler.step
     names = list(inspect.signature(original).parameters)
 

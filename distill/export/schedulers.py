@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.export import assembly
 from distill.export.calls import Plain, plain_call, takes
 from distill.export.rehearsal import Rehearsal
 from distill.schedule import Flow, NoiseSchedule, TabulatedVP
@@ -115,8 +116,8 @@ def _fit(student: Student, rehearsal: Rehearsal, candidate: Candidate, assemble:
 
 def candidates(student: Student) -> Iterator[Candidate]:
     """Stock schedulers on the teacher's schedule, for the student's kind of prediction and its share of fresh noise."""
-    schedule, gamma = student.denoiser.schedule, student.sampler.gamma
-    own = student.teacher.pipeline.scheduler
+    schedule, gamma = student.teacher.walk.schedule, student.sampler.gamma
+    own = assembly.own_scheduler(student)
     if type(own).__name__ in FEW_STEP:
         unclipped = {"clip_denoised": False} if "clip_denoised" in own.config else {}
         yield Candidate(type(own).from_config(own.config, **unclipped), lambda times: [{}, *_own_options(schedule, times)])
@@ -135,7 +136,7 @@ def _own_options(schedule: NoiseSchedule, times: Sequence[float]) -> Options:
 def _variance_preserving(student: Student, schedule: TabulatedVP, gamma: float) -> Iterator[Candidate]:
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, TCDScheduler
 
-    own, length = student.teacher.pipeline.scheduler, len(student.sampler.times)
+    own, length = assembly.own_scheduler(student), len(student.sampler.times)
     prediction_type = PREDICTION_TYPES[student.teacher.scheduler_kind]
     alphas_cumprod = schedule.angles[1:].cos().cpu() ** 2
 
@@ -189,15 +190,16 @@ def betas_of(alphas_cumprod: Tensor) -> list[float]:
 def _flow(student: Student, schedule: Flow, gamma: float) -> Iterator[Candidate]:
     import diffusers
 
-    own = student.teacher.pipeline.scheduler.config.get("shift")
+    own = assembly.own_scheduler(student).config.get("shift")
     shifts = dict.fromkeys([shift_of(student.sampler.times), 1.0, float(own) if isinstance(own, (int, float)) else 1.0])
     train = int(schedule.scale)
+    inverted = {"invert_sigmas": True} if schedule.inverted else {}
     for shift in shifts:
         def sigmas(times: Sequence[float], shift: float = shift) -> Options:
             return [{}, {"sigmas": [unshift(t, shift) for t in times]}]
 
         stochastic = {"stochastic_sampling": True} if gamma == 1 else {}
-        yield Candidate(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train, shift=shift, **stochastic), sigmas)
+        yield Candidate(diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=train, shift=shift, **stochastic, **inverted), sigmas)
         flow_map = getattr(diffusers, "FlowMapEulerDiscreteScheduler", None)  # not in older releases
         if gamma == 0 and flow_map is not None:
             yield Candidate(flow_map(num_train_timesteps=train, shift=shift), sigmas)

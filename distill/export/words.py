@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.export.assembly import attributes, is_plain
+from distill.export.calls import fixed_arguments
 from distill.export.proof import absent
 from distill.student import Student
 
@@ -34,13 +36,19 @@ def seed_note(generator_used: bool, gamma: float, steps: int) -> str:
     return "# this class draws the noise of later steps from PyTorch's global generator: torch.manual_seed(0) for equal images\n"
 
 
+def attribute_lines(pipeline: Any) -> str:
+    """Lines that set what somebody has set on the teacher's pipeline, and diffusers does not save."""
+    return "".join(f"pipe.{name} = {value!r}\n" for name, value in attributes(pipeline).items())
+
+
 def load_stock(folder: Path, pipeline: Any, *, code: bool, dtype: str | None, call: str) -> str:
     """Code that loads the stock pipeline."""
     extra = "".join(f", {name}=None" for name in absent(pipeline))
     extra += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     extra += ", trust_remote_code=True)  # runs the pipeline's file, which lies in the folder" if code else ")"
     start = "import torch\n" if dtype else ""
-    return f'{start}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}\n{call}\n'
+    load = f'pipe = DiffusionPipeline.from_pretrained("{folder.as_posix()}"{extra}'
+    return f"{start}from diffusers import DiffusionPipeline\n\n{load}\n{attribute_lines(pipeline)}{call}\n"
 
 
 def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | None, named: bool) -> str:
@@ -52,10 +60,11 @@ def load_few_step(folder: Path, pipeline: Any, student: Student, dtype: str | No
     variant = "".join(f", {name}=None" for name in absent(pipeline))
     variant += f', variant="{dtype}", torch_dtype=torch.{_torch_name(dtype)}' if dtype else ""
     path = folder.as_posix()
+    rest = {k: v for k, v in fixed_arguments(student).items() if not is_plain(v)}  # images and the like, which no file holds
     custom = "" if named else ', custom_pipeline="pipeline"'
     return (
         ("import torch\n" if dtype else "") + "from diffusers import DiffusionPipeline\n\n# pipeline.py lies in the folder and is run: read it first\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, {})}\n'
+        f'pipe = DiffusionPipeline.from_pretrained("{path}"{custom}{variant}, trust_remote_code=True)\n{call_code(student, rest)}\n'
     )
 
 

@@ -231,11 +231,14 @@ class DistributionMatching(Method):
         if isinstance(scale, tuple):
             w = torch.rand(len(x_t), device=x_t.device) * (scale[1] - scale[0]) + scale[0]
             condition, scale = condition.with_guidance(w), 1.0
-        real = Guided(roles.teacher, scale).predict(x_t, t, condition, of_teacher)
         own = scale if self.critic_guidance_scale == "same" else self.critic_guidance_scale
         told = condition if self.critic_guidance_scale == "same" else condition.without_guidance()
-        fake = Guided(roles.critic, own).predict(x_t, t, told, () if of_teacher else wanted)
-        return real, fake
+        teacher, critic = Guided(roles.teacher, scale), Guided(roles.critic, own)
+        if roles.together is not None and not wanted and self.objective not in LIVE:
+            both = roles.together.guided([(None, teacher, condition), ("critic", critic, told)], x_t, t)
+            if both is not None:
+                return both[0], both[1]
+        return teacher.predict(x_t, t, condition, of_teacher), critic.predict(x_t, t, told, () if of_teacher else wanted)
 
     def _weight(self, roles: Roles, x0: Tensor, t: Tensor, s: Tensor | None, real: Prediction, fake: Prediction) -> Tensor:
         """w(t), shaped to multiply x; without h(r)."""

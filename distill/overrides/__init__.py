@@ -21,16 +21,28 @@ class Override:
     state: str | None = None  #: its argument that takes x_t
     guidance: str | None = None  #: the argument of the pipeline's call that sets classifier-free guidance
     guidance_off: float | None = None  #: its value that switches guidance off
+    steps: str | None = None  #: the argument of the pipeline's call that sets the number of steps
     constants: Mapping[str, Any] = field(default_factory=dict)  #: arguments of the network's call that are to be the same at every step
     call: Mapping[str, Any] = field(default_factory=dict)  #: further arguments of the pipeline's call
+    student: str | None = None  #: the class of diffusers in which students go home, where the teacher's own cannot sample them
     why: str = ""  #: what could not be inferred
 
 
 _CACHED = "the first step fills a cache of the text's keys and values, which the others read: every call computes them here"
+_ENLARGED = "its last stage is a super-resolution with two networks: what is distilled is the decoder"
 OVERRIDES: dict[str, Override] = {
+    "Ideogram4Pipeline": Override(
+        network="transformer", guidance="guidance_scale", guidance_off=1.0, why="a second network guides it: what is distilled is the first one, unguided",
+    ),
     "QwenImage21Pipeline": Override(constants={"kv_cache": None, "kv_cache_mode": None}, why=_CACHED),
-    "UnCLIPPipeline": Override(network="decoder", why="its last stage is a super-resolution with two networks: what is distilled is the decoder"),
-    "UnCLIPImageVariationPipeline": Override(network="decoder", why="as for UnCLIPPipeline"),
+    "StableDiffusionAttendAndExcitePipeline": Override(
+        call={"max_iter_to_alter": 0, "thresholds": {}}, why="it alters the sample by gradients of its own between the steps; a student makes plain steps",
+    ),
+    "StableDiffusionParadigmsPipeline": Override(
+        call={"parallel": 1}, student="StableDiffusionPipeline", why="it takes many steps at once, which a student of few does not need",
+    ),
+    "UnCLIPPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why=_ENLARGED),
+    "UnCLIPImageVariationPipeline": Override(network="decoder", steps="decoder_num_inference_steps", why=_ENLARGED),
 }
 
 

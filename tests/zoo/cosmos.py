@@ -5,30 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import numpy as np
-import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 
 from zoo.core import tensor, tiny_t5, tiny_t5_tokenizer
 from zoo.parts import bytes_tokenizer, family, flow, inputs, qwen_vl, wan_vae
+from zoo.unchecked import Unchecked
 
 BOTH = "prompt negative_prompt"
 SMALL = dict(height=32, width=32, max_sequence_length=16)
-
-
-class Unchecked(ModelMixin, ConfigMixin):
-    """Takes the place of the safety checker."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("marker", torch.zeros(1))
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, frames: np.ndarray) -> np.ndarray:
-        return frames
 
 
 def network(channels: int, **settings: Any) -> Any:

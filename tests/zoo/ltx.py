@@ -91,7 +91,7 @@ def frame() -> Any:
 SOUND = dict(height=32, width=32, num_frames=5, frame_rate=25.0, max_sequence_length=16)
 HDR = dict(stg_scale=0.0, modality_scale=1.0, guidance_rescale=0.0, use_cross_timestep=False)  # only plain guidance
 ONE = dict(
-    **HDR, audio_guidance_scale=1.0, audio_stg_scale=0.0, audio_modality_scale=1.0, audio_guidance_rescale=0.0, spatio_temporal_guidance_blocks=None,
+    **HDR, audio_guidance_scale=None, audio_stg_scale=0.0, audio_modality_scale=1.0, audio_guidance_rescale=0.0, spatio_temporal_guidance_blocks=None,
 )
 family(
     ltx2,

@@ -213,7 +213,7 @@ for _name, _task, _call in (
     add(_name, _task, _plain(_name), **_call)
 
 
-@case("text-to-image", **TEXT, parallel=3)
+@case("text-to-image", **TEXT)
 def StableDiffusionParadigmsPipeline() -> Any:
     return assemble("StableDiffusionParadigmsPipeline", **parts(vp_scheduler(cls=DDIMParallelScheduler, set_alpha_to_one=False, steps_offset=1)))
 

@@ -1,8 +1,9 @@
 """The networks of a training run: teacher, student, critic, target, discriminator.
 
 With full weights each trained role is a copy of the teacher's backbone; where only selected layers are trained, the rest of
-it is the teacher's own memory. The critic alone may be an adapter on the teacher (VSD). With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so
-that three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
+it is the teacher's own memory; the critic alone may be an adapter on the teacher (VSD). With LoRA all of them are adapters on
+one shared backbone: the teacher is "adapters off", so that three networks cost the memory of one (and a few adapters). A
+student of a smaller architecture is a network of its own.
 """
 
 from __future__ import annotations

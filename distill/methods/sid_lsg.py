@@ -29,4 +29,3 @@ class SiDLSG(DistributionMatching):
     guidance_scale: Scale | tuple[Scale, Scale] = 2.0
     critic_guidance_scale: Scale | Literal["same"] = "same"
     critic_training_guidance: Scale | Literal["same"] = "same"
-    critic_steps: int = 2  # type: ignore[assignment]

@@ -26,4 +26,3 @@ class SIM(DistributionMatching):
     objective: Objective = "sim"
     weighting: Weighting = "none"
     score_times: TimeLaw = (0.02, 0.8)
-    critic_steps: int = 2  # type: ignore[assignment]

@@ -26,7 +26,9 @@ LEVELS: dict[str, tuple[NoiseSchedule, float]] = {
 COUNT = 2**15
 
 
-def expectation(teacher: GaussianMixture, student: GaussianMixture, t: float, divergence: str = "reverse_kl", frozen: bool = False, c: float | None = None) -> Tensor:
+def expectation(
+    teacher: GaussianMixture, student: GaussianMixture, t: float, divergence: str = "reverse_kl", frozen: bool = False, c: float | None = None,
+) -> Tensor:
     """E_q h(r) ‖s_p − s_q‖² at one noise level in one dimension, differentiable in the student.
 
     Args:
@@ -56,7 +58,9 @@ def truth(schedule: NoiseSchedule, t: float, divergence: str = "reverse_kl", fro
     return gradient_of(expectation(close_modes(schedule), generator.law(), t, divergence, frozen, c), generator)
 
 
-def yielded(method: DistributionMatching, schedule: NoiseSchedule, teacher: GaussianMixture | None = None, generator: AffineGenerator | None = None) -> Tensor:
+def yielded(
+    method: DistributionMatching, schedule: NoiseSchedule, teacher: GaussianMixture | None = None, generator: AffineGenerator | None = None,
+) -> Tensor:
     """Gradient in (mean, width) of the student's loss that one ``step`` yields, with exact critic and ratio."""
     generator = generator or AffineGenerator(schedule, *STUDENT)
     teacher = teacher or close_modes(schedule)

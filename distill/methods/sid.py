@@ -15,7 +15,7 @@ a = 1.2 diverged in 6 runs of 6, a = 1 in 1 of 5, a = ½ in none of 5; with five
 
 Critic updates: five. The student descends through the critic's inputs, and so also along the critic's errors, which plain score differences
 (DMD) do not: at a = 1 with two updates 4 of 10 seeds diverged at Adam 4e-3 (none at 1e-3 and 2e-3), DMD with two updates on none of
-those seeds, and SiD with five on none.
+those four, and SiD with five on none of the three of them that were tried.
 ``alpha: [1.0, 0.5]`` moves a over training, to end at the exact Fisher divergence.
 """
 

@@ -67,6 +67,15 @@ class Student(Section):
     ema_device: Literal["same", "cpu"] = "same"  #: where the averaged weights are kept
 
 
+class Critic(Section):
+    """The network that follows the student's own distribution, where the method has one."""
+
+    #: same: as the student is, a copy beside full weights or an adapter beside a LoRA; lora: an adapter on the teacher's own
+    #: backbone beside a student with full weights (VSD, SwiftBrush): two networks in place of three
+    weights: Literal["same", "lora"] = "same"
+    lora: LoRA | None = None
+
+
 class Data(Section):
     """What training sees."""
 
@@ -138,6 +147,7 @@ class Config(Section):
 
     teacher: Teacher
     student: Student = Student()
+    critic: Critic = Critic()
     method: SerializeAsAny[Method]
     data: Data = Data()
     optimizers: Optimizers = Optimizers()
@@ -310,7 +320,7 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     import torch
 
     from distill.evaluate.metrics import check_metric
-    from distill.impossible import impossible_memory, impossible_student
+    from distill.impossible import impossible_critic, impossible_memory, impossible_student
 
     method, data = config.method, config.data
     if method.needs_images() and data.source in ("none", "prompts"):
@@ -328,6 +338,7 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     if config.student.weights == "lora" and method.guidance_embedding():
         yield ("method", "guidance_range"), "a LoRA student cannot be given a guidance embedding: fix guidance_scale, or set student.weights: full"
     yield from impossible_student(config)
+    yield from impossible_critic(config)
     yield from impossible_memory(config)
     if config.student.weights == "full" and config.student.lora is not None:
         yield ("student", "lora"), "is set, but student.weights is full: set weights: lora, or leave it out"

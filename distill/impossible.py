@@ -50,6 +50,23 @@ def _apart(config: Config) -> str | None:
     return None
 
 
+def impossible_critic(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
+    """What an adapter for the critic alone excludes."""
+    critic = config.critic
+    if critic.weights == "same":
+        if critic.lora is not None:
+            yield ("critic", "lora"), "is set, but critic.weights is same: set critic.weights: lora, or leave it out"
+        return
+    if "critic" not in config.method.roles:
+        yield ("critic", "weights"), f"method {config.method.name} as set here trains no critic: leave it out"
+    if config.student.weights == "lora":
+        yield ("critic", "weights"), "is for a student with full weights: beside a LoRA student the critic is an adapter already, with student.lora's settings"
+    if config.teacher.quantize != "none":
+        yield ("teacher", "quantize"), "does not go with critic.weights: lora: use a LoRA student, whose critic is an adapter too"
+    if config.trainer.offload:
+        yield ("trainer", "offload"), "finds nothing to move: the critic is an adapter on the teacher, which is never idle"
+
+
 def impossible_memory(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
     """What the memory options exclude, and what they need that is not here."""
     student, trainer, quantize = config.student, config.trainer, config.teacher.quantize

@@ -186,7 +186,8 @@ def _weights(parts: Parts) -> dict[str, list[Tensor]]:
     for role in ("student", "critic", "target"):
         network: Any = getattr(roles, role)
         if network is not None:
-            found[f"{role} weights"] = list(roles.parameters(role)) if shared else _tensors_of(network.backbone)
+            adapter = network.backbone is parts.teacher.backbone
+            found[f"{role} weights"] = list(roles.parameters(role)) if adapter else _tensors_of(network.backbone)
     companions = [t for c in parts.teacher.denoiser.companions for t in _tensors_of(c.module)]
     if companions:
         found["companion weights"] = companions
@@ -215,14 +216,16 @@ def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
     count = {"teacher": sum(t.numel() for t in parts.teacher.backbone.parameters())}
     roles = parts.roles
     if parts.adapters is not None:
-        count["teacher"] -= sum(p.numel() for role in ("student", "critic", "target") for p in roles.parameters(role))
+        adapted = [r for r in ("student", "critic", "target") if getattr(getattr(roles, r), "backbone", None) is parts.teacher.backbone]
+        count["teacher"] -= sum(p.numel() for role in adapted for p in roles.parameters(role))
     table = {"teacher": {"parameters": count["teacher"], "trained": 0}}
     for role in ("student", "critic", "target", "discriminator"):
         own = sum(p.numel() for p in roles.parameters(role))
         network: Any = getattr(roles, role)
         if network is not None:
-            whole = own if role == "discriminator" else sum(p.numel() for p in network.backbone.parameters())
-            table[role] = {"parameters": own if parts.adapters is not None else whole, "trained": own if role in roles.trained() else 0}
+            apart = role != "discriminator" and network.backbone is not parts.teacher.backbone
+            whole = sum(p.numel() for p in network.backbone.parameters()) if apart else own
+            table[role] = {"parameters": whole, "trained": own if role in roles.trained() else 0}
     return table
 
 

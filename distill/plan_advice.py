@@ -122,7 +122,7 @@ def _lora(setting: Setting) -> Setting | None:
     config, memory = setting
     student = config.student
     of_its_own = student.architecture or student.train or student.freeze
-    if student.weights == "lora" or of_its_own or config.method.guidance_embedding():
+    if student.weights == "lora" or config.critic.weights == "lora" or of_its_own or config.method.guidance_embedding():
         return None
     return config.model_copy(update={"student": student.model_copy(update={"weights": "lora", "lora": student.lora or LoRA()})}), memory
 
@@ -159,14 +159,14 @@ def _batch_of_one(setting: Setting) -> Setting | None:
 def _quantized(setting: Setting) -> Setting | None:
     config, memory = setting
     student = config.student
-    if memory.quantize == "4bit" or memory.offload or student.train or student.freeze:
+    if memory.quantize == "4bit" or memory.offload or student.train or student.freeze or config.critic.weights == "lora":
         return None
     return config, replace(memory, quantize="4bit")
 
 
 def _offload(setting: Setting) -> Setting | None:
     config, memory = setting
-    if memory.offload or config.student.weights == "lora":  # a shared backbone is never idle
+    if memory.offload or "lora" in (config.student.weights, config.critic.weights):  # a shared backbone is never idle
         return None
     return config, replace(memory, offload=True, quantize="none")
 

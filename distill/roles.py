@@ -1,9 +1,9 @@
 """The networks of a training run: teacher, student, critic, target, discriminator.
 
 With full weights each trained role is a copy of the teacher's backbone, in float32 whatever the teacher's dtype (see
-``masters.py``); where only selected layers are trained, the rest of it is the teacher's own memory. With LoRA all of them
-are adapters on one shared backbone: the teacher is "adapters off", so that three networks cost the memory of one (and a few
-adapters). A student of a smaller architecture is a network of its own.
+``masters.py``); where only selected layers are trained, the rest of it is the teacher's own memory; the critic alone may be an
+adapter on the teacher (VSD). With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so that
+three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
-    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None,
+    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, critic_lora: LoRA | None = None,
 ) -> tuple[Roles, Adapters | None]:
     """The teacher and the wanted roles ("student", "critic", "target"), all starting from the teacher's weights.
 
@@ -113,6 +113,7 @@ def build_roles(
             tensors. A guidance embedding is trained in any case.
         architecture: settings of the backbone's config that make the student (and target) smaller; the critic follows
             the student's distribution against the teacher's and keeps the teacher's architecture.
+        critic_lora: an adapter on the teacher's own backbone for the critic, beside copies for the others.
 
     Raises:
         UserError: if the backbone cannot be given what is asked for.
@@ -121,16 +122,14 @@ def build_roles(
     if lora is not None:
         if guidance_embedding:
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
-        adapters = Adapters(denoiser.backbone, lora, wanted)
-        teacher.denoiser.use = adapters.use(None)
-        made: dict[str, Any] = {
-            r: BackboneDenoiser(denoiser.backbone, denoiser.schedule, denoiser.kind, denoiser.call, adapters.use(r), adapters.named_parameters(r))
-            for r in wanted
-        }
+        made, adapters = _adapted(denoiser, lora, wanted)
         return Roles(denoiser, **made), adapters
     trained = None if selection is None else selection.names(denoiser.backbone)
+    on_teacher = [role for role in wanted if role == "critic" and critic_lora is not None]
     made = {}
     for role in wanted:
+        if role in on_teacher:
+            continue
         follows_student = role in ("student", "target")
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
@@ -142,7 +141,21 @@ def build_roles(
             parameter.requires_grad_(role != "target")
         use = nullcontext if masters is None else masters.using
         made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, use, own, masters=masters)
-    return Roles(denoiser, **made), None
+    if critic_lora is None or not on_teacher:
+        return Roles(denoiser, **made), None
+    critic, adapters = _adapted(denoiser, critic_lora, on_teacher)  # after the copies, which have none
+    return Roles(denoiser, **made, **critic), adapters
+
+
+def _adapted(teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str]) -> tuple[dict[str, Any], Adapters]:
+    """Roles that are adapters on the teacher's backbone; the teacher is "adapters off" from here on."""
+    adapters = Adapters(teacher.backbone, lora, wanted)
+    teacher.use = adapters.use(None)
+    made = {
+        r: BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(r), adapters.named_parameters(r))
+        for r in wanted
+    }
+    return made, adapters
 
 
 def copy_backbone(

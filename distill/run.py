@@ -49,7 +49,7 @@ class Parts:
 
     teacher: Teacher
     roles: Roles
-    adapters: Adapters | None
+    adapters: Adapters | None  #: on the teacher's backbone: those of a LoRA student and its critic, or the critic's alone
     student: Student
     waiting: list[Offload] = field(default_factory=list)  #: networks whose weights are on the CPU between uses
 
@@ -91,6 +91,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     selection = Selection(tuple(student.train or ()), tuple(student.freeze or ())) if student.train or student.freeze else None
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
+        critic_lora=_settings(config.critic.lora) if config.critic.weights == "lora" else None,
     )
     if adapters is None and bits != "none":  # the copies have been made
         quantize(teacher.backbone, bits, teacher.device)
@@ -103,13 +104,16 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     roles.discriminator = _discriminator(method, teacher, roles)
     roles.decode = teacher.decode_with_gradient
     assert isinstance(roles.student, BackboneDenoiser)
-    return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)
+    own = adapters if student.weights == "lora" else None
+    return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), own), waiting)
 
 
 def _lora(config: Config) -> LoRA | None:
-    if config.student.weights != "lora":
-        return None
-    section = config.student.lora or LoRASettings()
+    return _settings(config.student.lora) if config.student.weights == "lora" else None
+
+
+def _settings(section: LoRASettings | None) -> LoRA:
+    section = section or LoRASettings()
     return LoRA(section.rank, section.alpha or float(section.rank), tuple(section.targets) if section.targets else None, section.dora)
 
 

@@ -56,6 +56,25 @@ def test_the_shared_backbone_costs_less_than_half_of_three_copies() -> None:
     assert memory(LoRA(rank=1, alpha=1)) <= 0.5 * memory(None)
 
 
+@pytest.mark.parametrize("make", [tiny_unet2d, tiny_stable_diffusion])
+def test_a_critic_alone_may_be_an_adapter_on_the_teacher(make: Any) -> None:
+    """VSD's roles: a student with weights of its own, and the critic as "adapters on"."""
+    teacher, x, t, condition = setting(make())
+    before = teacher.denoiser(x, t, condition)
+    roles, adapters = build_roles(teacher, ["student", "critic"], critic_lora=LoRA(rank=4, alpha=8))
+    assert adapters is not None and roles.critic is not None
+    assert torch.equal(roles.critic(x, t, condition), before) and torch.equal(roles.student(x, t, condition), before)
+    perturb(roles.parameters("critic"))
+    assert torch.equal(roles.teacher(x, t, condition), before) and torch.equal(roles.student(x, t, condition), before)
+    assert (roles.critic(x, t, condition) - before).abs().max() > 1e-3
+    student: Any = roles.student
+    assert not any("lora" in name for name, _ in student.backbone.named_parameters())
+    assert sum(p.numel() for p in roles.parameters("student")) == sum(p.numel() for p in student.backbone.parameters())
+    loss = roles.critic(roles.student(x, t, condition), t, condition).square().mean()
+    loss.backward(inputs=roles.parameters("student"))
+    assert all(p.grad is None for p in teacher.backbone.parameters())
+
+
 def test_layers_are_chosen_by_name() -> None:
     teacher = Teacher(tiny_stable_diffusion())
     roles, adapters = build_roles(teacher, ["student"], LoRA(4, 4, ("to_q", "to_v")))

@@ -53,7 +53,7 @@ class DistributionMatching(Method):
     # the score difference
     objective: Objective = "kl"  #: what it is made into, see matching/objectives.py
     divergence: Annotated[str, AfterValidator(known_divergence)] = "reverse_kl"  #: of kl and expanded; or module:function of your own f(r)
-    alpha: float = 1.2  #: of sid
+    alpha: float | tuple[float, float] = 1.0  #: of sid; a pair moves linearly over training
     huber: Annotated[float, Field(gt=0)] | None = 0.01  #: c of sim's pseudo-Huber distance (root mean square); null: the squared norm
     live_ratio: bool = True  #: of expanded: h(r) is differentiated too, as the exact gradient wants
     score_weight: Scale = 1.0  #: of the objective in the student's loss
@@ -70,7 +70,7 @@ class DistributionMatching(Method):
     critic_times: TimeLaw = (0.001, 1.0)  #: t of denoising score matching
     critic_target: CriticTarget = "exact"  #: of samples at a noise level s > 0
     critic_null: UnitInterval = 0.0  #: share of its samples that it learns without their condition; a guided critic needs some
-    critic_training_guidance: Scale = 1.0  #: of the critic in its own loss (SiD-LSG)
+    critic_training_guidance: Scale | Literal["same"] = 1.0  #: of the critic in its own loss; "same": the teacher's (SiD-LSG)
 
     # the adversary, and anything else
     gan: GAN | None = None  #: the discriminator, see matching/adversary.py
@@ -100,7 +100,9 @@ class DistributionMatching(Method):
             raise ValueError("gan.real longer compares n steps with n + 1: set rollout to any_steps")
         if self.gan is not None and self.gan.features == "critic" and not self.has_critic:
             raise ValueError("gan.features critic: objective none trains no critic: use teacher or random")
-        if self.critic_guidance_scale != 1.0 and not self.critic_null:
+        if self.critic_training_guidance == "same" and isinstance(self.guidance_scale, tuple):
+            raise ValueError("critic_training_guidance same needs one guidance_scale, not a range")
+        if self.critic_guidance_scale != 1.0 and self.critic_training_guidance == 1.0 and not self.critic_null:
             raise ValueError("a guided critic must learn samples without their condition too: set critic_null to 0.1 or so")
         if self.critic_guidance_scale == "same" and self.guidance_scale == 1.0:
             raise ValueError("critic_guidance_scale same, and the teacher is not guided: set guidance_scale")
@@ -209,7 +211,7 @@ class DistributionMatching(Method):
             h = shaped(self._h(roles, t, real, fake), x) if self.needs_ratio else 1.0
             return injected(x, (weight * h * (fake.x0 - real.x0)).detach()), logs
         if self.objective == "sid":
-            return sid_loss(x, real.x0, fake.x0, weight, self.alpha), logs
+            return sid_loss(x, real.x0, fake.x0, weight, self._alpha(batch.progress)), logs
         if self.objective == "sim":
             return sim_loss(x, real.x0, fake.x0, weight, self.huber), logs
         with torch.no_grad():
@@ -217,6 +219,10 @@ class DistributionMatching(Method):
         alpha, sigma = roles.schedule.coefficients(x, t)
         scale = (alpha / sigma**2).to(x)
         return expanded_loss(x, x_t, real.x0, fake.x0, weight, ratio, find_weight(self.divergence), scale, self.live_ratio), logs
+
+    def _alpha(self, progress: float) -> float:
+        start, end = self.alpha if isinstance(self.alpha, tuple) else (self.alpha, self.alpha)
+        return start + (end - start) * progress
 
     def _draw(self, law: TimeLaw, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
         return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s)
@@ -314,7 +320,8 @@ class DistributionMatching(Method):
             condition = condition.dropped(torch.rand(len(t), device=t.device) < self.critic_null)
         if self.critic_target == "tdm_published" and sample.s is not None:
             return published_tdm_loss(roles.critic, sample.x, sample.x0, sample.s, t, condition)
-        return denoising_loss(roles.critic, sample.x, t, condition, sample.s, self.critic_training_guidance)
+        guidance = self._mean_guidance if self.critic_training_guidance == "same" else self.critic_training_guidance
+        return denoising_loss(roles.critic, sample.x, t, condition, sample.s, guidance)
 
     @property
     def _mean_guidance(self) -> float:

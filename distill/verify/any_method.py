@@ -17,6 +17,12 @@ from distill.verify.core import Check, at_most, train
 TEACHER = gaussian(CosineVP(), (0.5, -0.3), (0.6, 0.9))
 
 
+def toy_batch(teacher: GaussianMixture, size: int) -> Batch:
+    """Noise, real samples, and a condition that has a null one, for methods that guide: both mean the one Gaussian that there is."""
+    label, null = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.long)
+    return Batch(torch.randn(size, 2), Condition({"class_labels": label}, {"class_labels": null}), teacher.sample(size))
+
+
 def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
     """A two-dimensional Gaussian teacher and MLPs for the roles that the method asks for."""
     torch.manual_seed(0)
@@ -55,7 +61,7 @@ def trained(method: Method, teacher: GaussianMixture, steps: int = 400, batch: i
     """A small student of this teacher."""
     roles = toy_roles(method, teacher)
     rates = {role: 2e-3 for role in roles.trained()}
-    train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, rates, betas=(0.5, 0.99))
+    train(method, roles, lambda step: toy_batch(teacher, batch), steps, rates, betas=(0.5, 0.99))
     return roles.student
 
 
@@ -63,7 +69,7 @@ def step_faults(method: Method) -> dict[str, int]:
     """What is wrong in one step of the method, counted. After each yield the named roles are nudged in place, as a trainer
     would: a loss whose graph still holds what they were cannot be differentiated any more."""
     roles = toy_roles(method)
-    batch = Batch(torch.randn(256, 2), Condition(), TEACHER.sample(256))
+    batch = toy_batch(TEACHER, 256)
     parameters = {role: roles.parameters(role) for role in ("student", "critic", "discriminator", "target")}
     target = parameters["target"]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Denoiser
 from distill.losses.adversarial import Discriminator, feature_body
-from distill.methods.base import Batch, Method
+from distill.methods.base import Batch, Method, Pairs
 from distill.roles import Roles
 from distill.schedule import CosineVP
 from distill.verify.core import Check, at_most, train
@@ -55,15 +55,23 @@ def trained(method: Method, teacher: GaussianMixture, steps: int = 400, batch: i
     """A small student of this teacher."""
     roles = toy_roles(method, teacher)
     rates = {role: 2e-3 for role in roles.trained()}
-    train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, rates, betas=(0.5, 0.99))
+    train(method, roles, lambda step: batch_of(teacher, batch), steps, rates, betas=(0.5, 0.99))
     return roles.student
+
+
+def batch_of(teacher: GaussianMixture, size: int) -> Batch:
+    """Noise, real samples, and samples of the teacher's exact ODE with the noise that they came from."""
+    noise, start = torch.randn(size, 2), torch.randn(size, 2)
+    one = torch.ones(size, dtype=torch.float64)
+    x0 = teacher.flow_map(start * teacher.schedule.initial_scale, one, 0 * one).float()
+    return Batch(noise, Condition(), teacher.sample(size), pairs=Pairs(start, x0, Condition()))
 
 
 def step_faults(method: Method) -> dict[str, int]:
     """What is wrong in one step of the method, counted. After each yield the named roles are nudged in place, as a trainer
     would: a loss whose graph still holds what they were cannot be differentiated any more."""
     roles = toy_roles(method)
-    batch = Batch(torch.randn(256, 2), Condition(), TEACHER.sample(256))
+    batch = batch_of(TEACHER, 256)
     parameters = {role: roles.parameters(role) for role in ("student", "critic", "discriminator", "target")}
     target = parameters["target"]
     with torch.no_grad():

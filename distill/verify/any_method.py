@@ -77,6 +77,8 @@ def step_faults(method: Method) -> dict[str, int]:
     with torch.no_grad():
         for p in target:  # a target that is the student itself would have gradients of zero
             p.mul_(1.1)
+        for p in parameters["discriminator"]:  # untrained logits all lie within a hinge's margin: the gradient of a bias is 1 − 1
+            p.mul_(4.0)
     faults = dict.fromkeys(("not finite", "unreached", "target reached", "changed", "stale"), 0)
     kept = {role: [p.detach().clone() for p in group] for role, group in parameters.items()}
     for names, loss, _ in method.step(roles, batch):

@@ -75,12 +75,13 @@ class Discriminator(nn.Module):
         return self(self.body(x_t, t), told)
 
 
-HARMONICS = 32  #: of a class's number
+#: A class's number c becomes the sines and cosines of 2π c √p: no two whole numbers have nearly equal ones.
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131)
 
 
 def condition_vector(values: Mapping[str, Any], batch: int, device: torch.device) -> Tensor:
     """(batch, width) of whatever a condition consists of: token embeddings by their mean, numbers (of classes) by sines and cosines
-    that make any two of them nearly orthogonal. Width 0 where nothing is told."""
+    that make any two of them nearly orthogonal (see PRIMES). Width 0 where nothing is told."""
     parts = [torch.zeros(batch, 0, device=device)]
     for _, value in sorted(values.items()):
         entries = list(value) if not isinstance(value, Tensor) or value.dim() > 2 else None
@@ -91,8 +92,8 @@ def condition_vector(values: Mapping[str, Any], batch: int, device: torch.device
         if value.is_floating_point() and value.dim() == 2:
             parts.append(F.layer_norm(value.float(), value.shape[-1:]))
         elif value.dim() == 1:
-            golden = 2 * math.pi * 0.6180339887498949
-            angle = value.to(device).double()[:, None] * torch.arange(1, HARMONICS + 1, device=device) * golden
+            roots = torch.tensor(PRIMES, dtype=torch.float64).sqrt() * (2 * math.pi)
+            angle = value.cpu().double()[:, None] * roots
             parts.append(torch.cat([angle.sin(), angle.cos()], 1).float())
     return torch.cat([p.to(device) for p in parts], 1)
 

@@ -115,7 +115,7 @@ class DistributionMatching(Method):
         if self.gan is not None and self.gan.real == "longer" and self.rollout != "any_steps":
             raise ValueError("gan.real longer compares n steps with n + 1: set rollout to any_steps")
         if self.gan is not None and self.gan.real == "longer" and self.objective == "none" and not self.terms:
-            raise ValueError("gan.real longer leaves the longest samples, which nothing is longer than, to the score difference: objective none trains them by nothing")
+            raise ValueError("gan.real longer leaves the longest samples to the score difference: objective none trains them by nothing")
         if self.gan is not None and self.gan.features == "critic" and not self.has_critic:
             raise ValueError("gan.features critic: objective none trains no critic: use teacher or random")
         if isinstance(self.critic_steps, Adaptive) and not self.has_critic:

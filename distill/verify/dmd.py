@@ -14,7 +14,7 @@ from distill.methods.base import Batch, Pairs
 from distill.methods.dmd import DMD
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP
-from distill.verify.core import Check, at_most, between, train
+from distill.verify.core import Check, at_most, between, starting_at, train
 from distill.verify.dmd2 import two_modes
 
 
@@ -89,10 +89,7 @@ def left_mass(pairs: bool, steps: int = 1000) -> float:
     torch.manual_seed(0)
     teacher = two_modes(CosineVP())
     student, critic = (MLPDenoiser(teacher.schedule, 1, 32, data_std=2.0) for _ in range(2))
-    with torch.no_grad():
-        last = student.net[-1]
-        last.weight.mul_(0.1)
-        last.bias.fill_(1.0)
+    starting_at(student, torch.ones(1), 0.1)
 
     def draw(step: int) -> Batch:
         z = torch.randn(256, 1)

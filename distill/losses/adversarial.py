@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.errors import UserError
 from distill.imports import import_object
 
 
@@ -138,6 +139,8 @@ def feature_body(name: str, shape: Sequence[int]) -> nn.Module:
         UserError: if it cannot be had here.
     """
     if name == "random":
+        if len(shape) not in (1, 3):
+            raise UserError(f"gan.features random looks at images, and these samples are {'×'.join(map(str, shape))}: use teacher or critic")
         return RandomFeatures(shape[0], spatial=len(shape) == 3)
     if name == "projected":
         from distill.losses.projected import ProjectedFeatures

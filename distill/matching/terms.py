@@ -159,7 +159,7 @@ class Drifting(Term):
     radii: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.02, 0.05, 0.2]  #: of the kernel, in mean distances of features
     kernel: Kernel = "exponential"
     columns: bool = True  #: normalise the weights over queries, too
-    pool: Annotated[int, Field(ge=1)] = 4  #: feature maps are averaged down to so many places a side
+    pool: Annotated[int, Field(ge=1)] = 4  #: feature maps are averaged down to so many places a side (tokens to its square)
     coverage: Annotated[float, Field(ge=0)] = 1.0  #: weight of the mode-coverage loss; 0 for none
     margin: Annotated[float, Field(gt=0, le=1)] = 0.5  #: share of a region's mass that the student has to keep
     bandwidth: Annotated[float, Field(gt=0)] = 0.25  #: of a region, in median distances of real features
@@ -192,8 +192,14 @@ class Drifting(Term):
         """(batch, d) of each layer, pooled, float32."""
         x_t = roles.schedule.add_noise(x, torch.randn_like(x), t)
         found = roles.teacher.features(x_t, t, condition, tuple(self.layers))
-        pooled = (F.adaptive_avg_pool2d(f, min(self.pool, *f.shape[2:])) if f.dim() == 4 else f for f in (found[name].float() for name in self.layers))
-        return [f.flatten(1) for f in pooled]
+        return [_pooled(found[name].float(), self.pool).flatten(1) for name in self.layers]
+
+
+def _pooled(f: Tensor, places: int) -> Tensor:
+    """A feature map averaged down to so many places a side, or tokens to as many in all; anything else as it is."""
+    if f.dim() == 4:
+        return F.adaptive_avg_pool2d(f, min(places, *f.shape[2:]))
+    return F.adaptive_avg_pool1d(f.transpose(1, 2), min(places**2, f.shape[1])) if f.dim() == 3 else f
 
 
 def _groups(group: Tensor | None, count: int, device: torch.device) -> list[Tensor]:

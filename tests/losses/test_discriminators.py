@@ -42,6 +42,11 @@ def test_random_features_are_the_same_each_time_and_know_the_noise_level() -> No
     assert all(torch.equal(low[n], f) for n, f in b(x, torch.zeros(2)).items()) and all(not torch.equal(low[n], high[n]) for n in low)
 
 
+def test_random_features_are_of_images() -> None:
+    with pytest.raises(UserError, match="random looks at images, and these samples are 16×64"):
+        feature_body("random", (16, 64))
+
+
 @pytest.fixture
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that torchvision takes its weights from, with random ones of the right shapes."""

@@ -73,7 +73,7 @@ def test_an_unclamped_reward_runs_away_and_a_clamped_one_stops() -> None:
 def test_the_weight_decays_to_zero() -> None:
     x = torch.zeros(2, 1, requires_grad=True)
     halfway = [Reward(function=f"{__name__}:brightness", clamp=1.0, weight=2.0, decay=d).weighted(context(x, progress=0.5)) for d in ("constant", "linear")]  # type: ignore[arg-type]
-    assert [float(w) for w, _ in halfway] == [2.0, 1.0] and [float(v) for _, v in halfway] == [1.0, 1.0]
+    assert [float(w.detach()) for w, _ in halfway] == [2.0, 1.0] and [float(v) for _, v in halfway] == [1.0, 1.0]
 
 
 def latent_step(term: Term) -> tuple[Tensor, list[Tensor], Teacher]:
@@ -125,6 +125,8 @@ def test_clip_compares_images_with_their_prompts(monkeypatch: pytest.MonkeyPatch
     for clamp, pulled in ((-1.0, False), (1.0, True)):
         loss, gradients, _ = latent_step(Clip(clamp=clamp))
         assert any(g is not None and bool(g.any()) for g in gradients) == pulled and (float(loss) > 0) == pulled
+    method = DMD2(terms=[{"kind": "clip", "weight": 0.1, "clamp": 0.35, "decay": "linear"}])  # type: ignore[list-item]  # SwiftBrush v2
+    assert method.needs_decoder() and isinstance(method.terms[0], Clip)
     with pytest.raises(UserError, match="takes no prompts"):
         perceptual.clip_similarity(images, [3, 4], "any", "any")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill.config import Config
 from distill.data.prompts import read_prompts
 from distill.denoiser import BackboneDenoiser, Condition
-from distill.methods.base import Batch
+from distill.methods.base import Batch, Pairs
 from distill.plan_calls import average_calls
 from distill.plan_pipeline import hollow_teacher
 from distill.plan_trace import Precision, Scale, Trace, checkpoint_blocks, trace_step
@@ -292,7 +292,9 @@ def _batch(config: Config, teacher: Teacher, condition: Condition) -> Batch:
     size, shape = config.trainer.batch_size, teacher.sample_shape
     noise = torch.empty(size, *shape, device="meta")
     x0 = torch.empty(size, *shape, device="meta", dtype=teacher.denoiser.dtype) if config.method.needs_images() else None
-    return Batch(noise, condition[[0] * size] if condition.values else condition, x0)
+    told = condition[[0] * size] if condition.values else condition
+    pairs = Pairs(noise, torch.empty_like(noise), told) if config.method.needs_pairs() is not None else None
+    return Batch(noise, told, x0, pairs=pairs)
 
 
 def _without_hardware(config: Config) -> Config:

@@ -26,7 +26,7 @@ from distill.config import LoRA as LoRASettings
 from distill.denoiser import BackboneDenoiser, Denoiser
 from distill.errors import UserError
 from distill.loading import load_pipeline
-from distill.losses.adversarial import Discriminator, feature_body
+from distill.losses.adversarial import Discriminator, condition_vector, feature_body
 from distill.memory import Offload, checkpoint_activations, offload
 from distill.methods.base import Method
 from distill.overrides import find_override
@@ -221,17 +221,20 @@ def _discriminator(method: Method, teacher: Teacher, roles: Roles) -> Discrimina
     host, layers = wanted
     noise, t = torch.zeros(2, *teacher.sample_shape, device=teacher.device), torch.tensor(0.5)
     if host in ("critic", "teacher"):
-        network, body = getattr(roles, host), None
+        network = getattr(roles, host)
         try:
             features = network.predict(noise[:1], t, teacher.condition([teacher.placeholder()]), layers).features
         except AttributeError:
             inside = [n for n, _ in network.backbone.named_children()]
             name = type(network.backbone).__name__
             raise UserError(f"method.gan.layers: {', '.join(layers)}: no such module in {name}; it has {', '.join(inside)}") from None
-    else:
-        body = feature_body(host, teacher.sample_shape).to(teacher.device)
-        features = body(noise, t.expand(2))
-    return Discriminator({name: f.shape[1:] for name, f in features.items()}, body=body).to(teacher.device)
+        return Discriminator({name: f.shape[1:] for name, f in features.items()}).to(teacher.device)
+    if host == "projected" and teacher.autoencoder is not None:
+        raise UserError("method.gan.features: projected judges images, and this teacher's samples are latents: use teacher or critic")
+    body = feature_body(host, teacher.sample_shape).to(teacher.device)
+    features = body(noise, t.expand(2))
+    told = condition_vector(teacher.condition([teacher.placeholder()]).values, 1, teacher.device).shape[1]
+    return Discriminator({name: f.shape[1:] for name, f in features.items()}, body=body, told=told).to(teacher.device)
 
 
 def is_run(path: Path) -> bool:

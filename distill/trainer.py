@@ -24,7 +24,8 @@ from torch import Tensor
 
 from distill import checkpoint
 from distill.config import Config
-from distill.data.loader import load_data
+from distill.data.loader import cache_folder, load_data
+from distill.data.pairs import PairData, make_pairs
 from distill.denoiser import BackboneDenoiser
 from distill.errors import UserError
 from distill.logs import RunLog
@@ -67,6 +68,7 @@ class Trainer:
         self.roles = self.parts.roles
         with self.accelerator.main_process_first():  # the others find everything in the cache
             self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
+        self.pairs = self._make_pairs()
         self.parts.teacher.rest_encoders(but_decoder=self.method.needs_decoder())
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}
         self.optimizers = {
@@ -83,6 +85,18 @@ class Trainer:
             self._load(saved[-1])
         if settings.compile:
             self._compile()
+
+    def _make_pairs(self) -> PairData | None:
+        """The teacher's samples that the method wants; made before training, or read from the cache."""
+        wanted, config = self.method.needs_pairs(), self.config
+        if wanted is None:
+            return None
+        process = (self.accelerator.process_index, self.accelerator.num_processes)
+        made = make_pairs(
+            self.parts.teacher, self.data, wanted, config.teacher.steps, cache_folder(config.data), config.trainer.batch_size, config.seed, process,
+        )
+        self.parts.rest()
+        return made
 
     # -- the loop -------------------------------------------------------------------------------------------------------
 
@@ -148,7 +162,10 @@ class Trainer:
         index = (step * settings.accumulate + micro) * self.accelerator.num_processes + self.accelerator.process_index
         drawn = self.data.batch(index, settings.batch_size)
         noise = torch.randn(settings.batch_size, *self.parts.teacher.sample_shape, device=self.device)
-        return Batch(noise, drawn.condition, drawn.x0, progress, drawn.group, drawn.inputs)
+        pairs = None
+        if self.pairs is not None:  # each process has its own
+            pairs = self.pairs.batch(step * settings.accumulate + micro, settings.batch_size)
+        return Batch(noise, drawn.condition, drawn.x0, progress, drawn.group, drawn.inputs, pairs)
 
     def _share_state(self) -> None:
         """The method's running statistics, averaged over the processes: each sees samples of its own."""

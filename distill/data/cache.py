@@ -36,10 +36,13 @@ def default_folder() -> Path:
 
 
 def fingerprint(modules: Iterable[tuple[str, nn.Module]]) -> str:
-    """A hash of networks: names, shapes and types of all parameters, and a sample of the values of each."""
+    """A hash of networks: names, shapes and types of all parameters but adapters', and a sample of the values of each."""
     digest = hashlib.sha256()
     for name, module in modules:
         for key, value in module.state_dict().items():
+            if "lora_" in key:
+                continue
+            key = key.replace(".base_layer.", ".")
             digest.update(f"{name}.{key} {tuple(value.shape)} {value.dtype}".encode())
             if isinstance(value, Tensor) and value.numel() and value.device.type != "meta":
                 flat = value.flatten()
@@ -57,6 +60,7 @@ class Cache:
 
     folder: Path
     key: str
+    size: int | None = None  #: entries of a shard: what an interrupted run loses at most
 
     def rows(
         self, inputs: Sequence[str], encode: Callable[[Sequence[int]], dict[str, Tensor]], progress: Callable[[Sequence[int], str], Iterable[int]], what: str,
@@ -67,12 +71,13 @@ class Cache:
             inputs: what identifies each entry: a prompt, a file's checksum.
             encode: indices of inputs → tensors by name, (count, ...) each.
         """
-        starts = range(0, len(inputs), SHARD)
-        paths = [self._path(inputs[i : i + SHARD]) for i in starts]
+        size = self.size or SHARD
+        starts = range(0, len(inputs), size)
+        paths = [self._path(inputs[i : i + size]) for i in starts]
         missing = [i for i, path in zip(starts, paths, strict=True) if not self._is_whole(path)]
         for i in progress(missing, what) if missing else ():
-            self._write(paths[i // SHARD], encode(range(i, min(i + SHARD, len(inputs)))))
-        return Shards(paths, [len(inputs[i : i + SHARD]) for i in starts])
+            self._write(paths[i // size], encode(range(i, min(i + size, len(inputs)))))
+        return Shards(paths, [len(inputs[i : i + size]) for i in starts])
 
     def _path(self, inputs: Sequence[str]) -> Path:
         digest = hashlib.sha256(json.dumps([self.key, *inputs]).encode()).hexdigest()[:32]
@@ -88,7 +93,7 @@ class Cache:
                 return True
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        print(f"distill: the cached shard {path} is damaged: encoding its {SHARD} entries again", file=sys.stderr)
+        print(f"distill: the cached shard {path} is damaged: making its entries again", file=sys.stderr)
         return False
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:

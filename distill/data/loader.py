@@ -32,6 +32,25 @@ class Drawn(NamedTuple):
     inputs: list[Any]
 
 
+class Order:
+    """Which of ``count`` entries come when: each once per epoch, in an order of the epoch's own."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def batch(self, index: int, size: int) -> Tensor:
+        """(size,) the entries of the ``index``-th batch."""
+        positions = range(index * size, (index + 1) * size)
+        return torch.stack([self._permutation(p // self.count)[p % self.count] for p in positions])
+
+    def _permutation(self, epoch: int) -> Tensor:
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = (epoch, torch.randperm(self.count, generator=generator))
+        return self._epoch[1]
+
+
 class TrainingData:
     """Samples and what they are conditioned on.
 
@@ -46,24 +65,21 @@ class TrainingData:
         position = {value: i for i, value in enumerate(unique)}
         self._index = torch.tensor([position[value] for value in self.inputs])
         self._conditions, self._device = encode_conditions(teacher, unique, cache_folder), teacher.device
-        self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order = Order(len(self.inputs), seed)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def batch(self, index: int, size: int) -> Drawn:
         """The ``index``-th batch. Every sample is seen once per epoch, in an order of its own."""
-        positions = torch.arange(index * size, (index + 1) * size)
-        chosen = torch.stack([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
+        chosen = self._order.batch(index, size)
         x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
-        group = self._index[chosen]
-        return Drawn(x0, self._conditions.take(group).to(self._device), group.to(self._device), [self.inputs[int(i)] for i in chosen])
+        return self.told(chosen)._replace(x0=x0)
 
-    def _permutation(self, epoch: int) -> Tensor:
-        if self._epoch[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch = (epoch, torch.randperm(len(self), generator=generator))
-        return self._epoch[1]
+    def told(self, chosen: Tensor) -> Drawn:
+        """What some entries are conditioned on, without their samples."""
+        group = self._index[chosen]
+        return Drawn(None, self._conditions.take(group).to(self._device), group.to(self._device), [self.inputs[int(i)] for i in chosen])
 
     def examples(self, count: int) -> list[Any]:
         """The first few different inputs."""
@@ -76,7 +92,7 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
     Raises:
         UserError: if files are missing or broken, or do not fit the teacher.
     """
-    folder = (section.cache_folder or default_folder()).expanduser() if section.cache else None
+    folder = cache_folder(section)
     if section.source == "digits":
         if teacher.sample_shape != (1, 8, 8):
             raise UserError(f"data.source digits has 8×8 grey images; the teacher's samples are {'×'.join(map(str, teacher.sample_shape))}")
@@ -96,3 +112,8 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
         raise UserError("data.source: a text-conditional teacher needs prompts: set source: prompts and path, or source: images")
     classes = teacher.classes
     return TrainingData(teacher, None, list(range(classes)) if classes else [None], seed)
+
+
+def cache_folder(section: Data) -> Path | None:
+    """Where what is made once is kept; None: nowhere."""
+    return (section.cache_folder or default_folder()).expanduser() if section.cache else None

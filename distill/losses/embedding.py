@@ -10,18 +10,19 @@ from torch import Tensor
 
 
 def random_embedding(like: Tensor, width: int, depth: int, seed: int) -> Callable[[Tensor], Tensor]:
-    """A random network (batch, C, H, W) or (batch, d) → (batch, features), not trained.
+    """A random network → (batch, features), not trained: of images (batch, C, H, W), videos (batch, C, F, H, W; the mean over frames),
+    tokens (batch, tokens, C; the mean over tokens) or vectors (batch, d).
 
-    Convolutions with instance-free nonlinearities, variance-preserving, pooled to a few places; for vectors, linear layers. The
-    nonlinearity matters: a linear map sees means alone.
+    Convolutions with instance-free nonlinearities, variance-preserving, pooled to a few places; for tokens and vectors, linear layers.
+    The nonlinearity matters: a linear map sees means alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    spatial = like.dim() == 4
+    spatial = like.dim() >= 4
 
     def draw(*shape: int, scale: float) -> Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(like.device, torch.float32)
 
-    layers, before = [], like.shape[1]
+    layers, before = [], like.shape[1] if spatial else like.shape[-1]
     for _ in range(depth):
         fan = before * 9 if spatial else before
         layers.append((draw(width, before, *((3, 3) if spatial else ()), scale=(2 / fan) ** 0.5), draw(width, scale=0.5)))
@@ -29,10 +30,14 @@ def random_embedding(like: Tensor, width: int, depth: int, seed: int) -> Callabl
 
     def embed(x: Tensor) -> Tensor:
         h = x.float()
+        if h.dim() == 5:
+            h = h.transpose(1, 2).flatten(0, 1)
         for weight, bias in layers:
             h = F.relu(F.conv2d(h, weight, bias, padding=1) if spatial else F.linear(h, weight, bias))
             if spatial and min(h.shape[2:]) >= 4:
                 h = F.avg_pool2d(h, 2)
+        if x.dim() in (3, 5):
+            return h.reshape(len(x), -1, h[0].numel() if x.dim() == 5 else h.shape[-1]).mean(1)
         return h.flatten(1)
 
     return embed

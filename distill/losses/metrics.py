@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
+
+from distill.imports import import_object
 
 Metric = Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"]
 
@@ -35,6 +38,39 @@ METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "pseudo_huber": pseudo_huber,
     "pseudo_huber_elementwise": pseudo_huber_elementwise,
 }
+
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def find_distance(name: str) -> Distance:
+    """One of these by name, ``lpips`` (of images in [0, 1]), or by the import path ``module:function`` of your own.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    if name == "lpips":
+        if importlib.util.find_spec("lpips") is None:
+            raise ValueError("metric lpips needs the package lpips, which is not installed: pip install lpips, or use pseudo_huber")
+        from distill.losses.perceptual import lpips
+
+        return lpips
+    if ":" not in name:
+        raise ValueError(f"there is no metric {name!r}; known: {', '.join(METRICS)}, lpips, or the import path of your own, module:function")
+    found: Distance = import_object(name)
+    return found
+
+
+def known_distance(name: str) -> str:
+    """The name, if there is such a distance.
+
+    Raises:
+        ValueError: if not.
+    """
+    find_distance(name)
+    return name
 
 
 def batch_mean_abs(a: Tensor) -> Tensor:

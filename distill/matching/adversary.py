@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distill.denoiser import Condition, cat
-from distill.losses.adversarial import ADVERSARIAL, AdversarialLoss
+from distill.imports import import_object
+from distill.losses.adversarial import ADVERSARIAL, AdversarialLoss, condition_vector
 from distill.matching.times import TimeLaw, draw_times
 from distill.roles import Roles
 
@@ -28,9 +29,10 @@ class GAN(BaseModel):
 
     weight: Annotated[float, Field(gt=0)] = 3e-3  #: of the generator's loss in the student's
     discriminator_weight: Annotated[float, Field(gt=0)] = 1e-2  #: of the discriminator's in the critic's, on its own features
-    #: whose hidden features are judged: the critic's (trained by it too), the frozen teacher's, or those of fixed random convolutions;
-    #: or the import path module:Class of your own (see docs/methods.md)
+    #: whose hidden features are judged: the critic's (trained by it too), the frozen teacher's, those of fixed random convolutions
+    #: ("random") or of a network pretrained on ImageNet ("projected"); or the import path module:Class of your own (docs/methods/extend.md)
     features: str = "critic"
+    conditional: bool = True  #: heads on features that do not see the condition (random, projected, your own) are told it
     layers: Layers = ["mid_block"]  #: module names inside the backbone
     times: TimeLaw = (0.0, 1.0)  #: of its inputs' noise level
     loss: AdversarialLoss = "logistic"
@@ -41,8 +43,12 @@ class GAN(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> GAN:
-        if self.features not in ("critic", "teacher", "random") and ":" not in self.features:
-            raise ValueError(f"gan.features is critic, teacher, random or an import path module:Class, not {self.features!r}")
+        if ":" in self.features:
+            import_object(self.features)
+        elif self.features not in ("critic", "teacher", "random", "projected"):
+            raise ValueError(f"gan.features is critic, teacher, random, projected or an import path module:Class, not {self.features!r}")
+        if self.mismatched and not self.on_backbone and not self.conditional:
+            raise ValueError("gan.mismatched needs a discriminator that is told the condition: set conditional: true")
         return self
 
     @property
@@ -61,7 +67,8 @@ def judged(gan: GAN, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition)
     """The same for samples that are noised already."""
     assert roles.discriminator is not None
     if not gan.on_backbone:
-        return roles.discriminator.of_samples(x_t, t)
+        told = condition_vector(condition.values, len(x_t), x_t.device) if gan.conditional else None
+        return roles.discriminator.of_samples(x_t, t, told)
     network = roles.critic if gan.features == "critic" else roles.teacher
     assert network is not None
     return roles.discriminator(network.features(x_t, t, condition, tuple(gan.layers)))

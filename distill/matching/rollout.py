@@ -34,7 +34,7 @@ class Sample:
 
 def roll_out(
     student: Denoiser, kind: Rollout, ladder: Sequence[float], noise: Tensor, condition: Condition, data: Tensor | None = None,
-    gradient_steps: int = 1, steps: int | None = None,
+    gradient_steps: int = 1, steps: int | None = None, odds: Sequence[float] | None = None,
 ) -> Sample:
     """A sample of the student, with gradient through its last calls.
 
@@ -43,6 +43,7 @@ def roll_out(
         noise: (batch, ...), unit variance.
         data: (batch, ...) real samples, for ``data``.
         steps: for ``any_steps``: the number of steps; drawn if not given.
+        odds: relative probability of each step of the ladder to be the one that is judged (of each number of steps, for ``any_steps``).
     """
     schedule = student.schedule
 
@@ -51,15 +52,15 @@ def roll_out(
 
     if kind == "data":
         assert data is not None
-        entry = at(ladder[_below(len(ladder))])
+        entry = at(ladder[_drawn(len(ladder), odds)])
         x0 = student(schedule.add_noise(data, noise, entry), entry, condition)
         return Sample(x0, x0)
     if kind == "any_steps":
-        n = 1 + _below(len(ladder)) if steps is None else steps
+        n = 1 + _drawn(len(ladder), odds) if steps is None else steps
         ladder = [ladder[i * len(ladder) // n] for i in range(n)]
         last = n - 1
     else:
-        last = _below(len(ladder))
+        last = _drawn(len(ladder), odds)
     x_t = noise * schedule.initial_scale
     for i, time in enumerate(ladder[: last + 1]):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i > last - gradient_steps):
@@ -74,6 +75,8 @@ def roll_out(
     return Sample(x0, x0, None, last + 1)
 
 
-def _below(count: int) -> int:
+def _drawn(count: int, odds: Sequence[float] | None) -> int:
     """A random whole number below a count; none is drawn where there is no choice."""
-    return int(torch.randint(count, ())) if count > 1 else 0
+    if count == 1:
+        return 0
+    return int(torch.randint(count, ())) if odds is None else int(torch.multinomial(torch.tensor(odds), 1))

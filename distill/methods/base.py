@@ -20,6 +20,27 @@ Update = tuple[RoleName, Tensor, Mapping[str, Tensor | float]]
 
 
 @dataclass(frozen=True)
+class PairsWanted:
+    """Samples of the teacher that a method wants made before training, each with the noise that it came from."""
+
+    count: int
+    steps: int | None  #: of the teacher's own sampler; None: the recipe's teacher.steps
+    guidance_scale: float
+    paired: bool = True  #: whether it matters which noise a sample came from: the sampler may then draw none of its own
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some of them."""
+
+    noise: Tensor  #: (batch, ...) unit variance, as ``Batch.noise``
+    x0: Tensor  #: (batch, ...) where the teacher's sampler takes it
+    condition: Condition
+    group: Tensor | None = None  #: as in ``Batch``
+    inputs: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch. ``x0`` are real samples (or None where the method wants none); noise is drawn fresh."""
 
@@ -29,6 +50,7 @@ class Batch:
     progress: float = 0.0  #: how far training is, 0 to 1; curricula read this
     group: Tensor | None = None  #: (batch,) numbers of the conditions: samples of equal conditions share one
     inputs: Sequence[Any] = ()  #: the prompts or classes that the conditions say
+    pairs: Pairs | None = None  #: as many samples of the teacher, where the method wants them
 
 
 class Method(BaseModel):
@@ -44,6 +66,10 @@ class Method(BaseModel):
     def needs_images(self) -> bool:
         """Whether ``Batch.x0`` is used."""
         return False
+
+    def needs_pairs(self) -> PairsWanted | None:
+        """Which samples of the teacher ``Batch.pairs`` is drawn from; None for none."""
+        return None
 
     def needs_decoder(self) -> bool:
         """Whether ``Roles.decode`` is used."""

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distill.denoiser import Condition, Prediction
@@ -31,12 +32,22 @@ from distill.matching.objectives import LIVE, Objective, expanded_loss, injected
 from distill.matching.rollout import Rollout, Sample, roll_out
 from distill.matching.terms import AnyTerm, Context
 from distill.matching.times import Range, TimeLaw, UnitInterval, draw_times
-from distill.methods.base import Batch, Method, Update
+from distill.methods.base import Batch, Method, PairsWanted, Update
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
 
 Scale = Annotated[float, Field(ge=0)]
 Weighting = Literal["dmd", "exact", "none", "eps"]
+
+
+class PairSettings(BaseModel):
+    """Samples of the teacher that are made before training, each with the noise that it came from."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    count: Annotated[int, Field(ge=1)] = 10_000
+    steps: Annotated[int, Field(ge=1)] | None = None  #: of the teacher's own sampler; the recipe's teacher.steps if not given
+    guidance_scale: Scale | None = None  #: what the student learns elsewhere, method.guidance_scale, if not given
 
 
 class DistributionMatching(Method):
@@ -48,6 +59,7 @@ class DistributionMatching(Method):
     steps: Annotated[int, Field(ge=1, le=8)] = 1  #: network calls of the student
     times: list[UnitInterval] | None = None  #: the student's ladder, descending; evenly spaced from 1 if not given
     rollout: Rollout = "backward_simulation"  #: which of its samples is judged, see matching/rollout.py
+    step_odds: list[Scale] | None = None  #: how often each step of the ladder is the one that is judged; equally often if not given
     gradient_steps: Annotated[int, Field(ge=1)] = 1  #: how many of a rollout's last calls carry gradient
 
     # the score difference
@@ -77,6 +89,8 @@ class DistributionMatching(Method):
     ratio_normalization: Literal["f_distill", "none"] = "f_distill"  #: of the weights h(r): the paper's two stages, or h(exp(logit)) as it is
     ratio_decay: Annotated[float, Field(ge=0, lt=1)] = 0.5  #: of the density ratio's running means
     terms: list[AnyTerm] = []  #: auxiliary losses, see matching/terms.py
+    real: Literal["data", "teacher"] = "data"  #: what counts as real samples in all of these: the data, or the teacher's own, made before training
+    pairs: PairSettings = PairSettings()  #: how those, and the pairs of a regression, are made
 
     # -- what makes no sense ------------------------------------------------------------------------------------------
 
@@ -94,14 +108,22 @@ class DistributionMatching(Method):
             raise ValueError(f"times must be {self.steps} descending numbers, one per step")
         if self.rollout == "trajectory" and self.objective in LIVE:
             raise ValueError(f"objective {self.objective} needs clean samples, and rollout trajectory ends at a noise level: use kl")
+        if self.step_odds is not None and (len(self.step_odds) != self.steps or not sum(self.step_odds)):
+            raise ValueError(f"step_odds must be {self.steps} numbers, one per step, and not all zero")
         if self.rollout == "any_steps" and self.steps == 1:
             raise ValueError("rollout any_steps chooses between numbers of steps: set steps to 2 or more")
         if self.gan is not None and self.gan.real == "longer" and self.rollout != "any_steps":
             raise ValueError("gan.real longer compares n steps with n + 1: set rollout to any_steps")
+        if self.gan is not None and self.gan.real == "longer" and self.objective == "none" and not self.terms:
+            raise ValueError("gan.real longer leaves the longest samples to the score difference: objective none trains them by nothing")
         if self.gan is not None and self.gan.features == "critic" and not self.has_critic:
             raise ValueError("gan.features critic: objective none trains no critic: use teacher or random")
         if self.critic_training_guidance == "same" and isinstance(self.guidance_scale, tuple):
             raise ValueError("critic_training_guidance same needs one guidance_scale, not a range")
+        if isinstance(self.critic_steps, Adaptive) and not self.has_critic:
+            raise ValueError("objective none trains no critic to adapt to: set critic_steps to a number, that of the discriminator's updates")
+        if self.real == "teacher" and not self._looks_at_real:
+            raise ValueError("real teacher, and nothing here looks at real samples: leave it out")
         if self.critic_guidance_scale != 1.0 and self.critic_training_guidance == 1.0 and not self.critic_null:
             raise ValueError("a guided critic must learn samples without their condition too: set critic_null to 0.1 or so")
         if self.critic_guidance_scale == "same" and self.guidance_scale == 1.0:
@@ -123,9 +145,20 @@ class DistributionMatching(Method):
     def roles(self) -> Sequence[str]:  # type: ignore[override]
         return ("student", "critic") if self.has_critic else ("student",)
 
-    def needs_images(self) -> bool:
+    @property
+    def _looks_at_real(self) -> bool:
         own = self.gan is not None and self.gan.real == "data"
         return own or self.rollout == "data" or any(term.needs_images for term in self.terms)
+
+    def needs_images(self) -> bool:
+        return self.real == "data" and self._looks_at_real
+
+    def needs_pairs(self) -> PairsWanted | None:
+        paired = any(term.needs_pairs for term in self.terms)
+        if not paired and self.real == "data":
+            return None
+        own = self.pairs.guidance_scale
+        return PairsWanted(self.pairs.count, self.pairs.steps, self._mean_guidance if own is None else own, paired)
 
     def needs_decoder(self) -> bool:
         return any(term.needs_decoder for term in self.terms)
@@ -143,6 +176,9 @@ class DistributionMatching(Method):
     # -- the update rule ----------------------------------------------------------------------------------------------
 
     def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
+        if self.real == "teacher" and batch.pairs is not None:
+            made = batch.pairs
+            batch = replace(batch, x0=made.x0, condition=made.condition, group=made.group, inputs=made.inputs)
         # Student: the gradient of the divergence, the adversary's, and whatever else is wanted.
         sample = self._sample(roles, batch)
         loss, logs = self._student_loss(roles, batch, sample)
@@ -165,7 +201,7 @@ class DistributionMatching(Method):
             adversarial = student_loss(self.gan, roles, sample.x0, batch.condition, self._real(roles, batch, sample), batch.progress)
             loss, logs["gan"] = loss + self.gan.weight * adversarial, adversarial.detach()
         for auxiliary in self.terms:
-            weighted, logs[auxiliary.kind] = auxiliary.weighted(Context(roles, batch, sample))
+            weighted, logs[auxiliary.kind] = auxiliary.weighted(Context(roles, batch, sample, self._ladder[0]))
             loss = loss + weighted
         return loss, logs
 
@@ -177,7 +213,7 @@ class DistributionMatching(Method):
 
     def _sample(self, roles: Roles, batch: Batch, fresh: bool = False) -> Sample:
         noise = torch.randn_like(batch.noise) if fresh else batch.noise
-        return roll_out(roles.student, self.rollout, self._ladder, noise, batch.condition, batch.x0, self.gradient_steps)
+        return roll_out(roles.student, self.rollout, self._ladder, noise, batch.condition, batch.x0, self.gradient_steps, odds=self.step_odds)
 
     def _is_longest(self, sample: Sample) -> bool:
         """Whether no longer sample of the student exists that this one could be compared with."""
@@ -208,14 +244,14 @@ class DistributionMatching(Method):
                 logs["critic_lag"] = self.critic_steps.follow(roles.state["critic_need"], x0.detach(), real.x0, fake.x0)
                 logs["critic_steps"] = roles.state["critic_need"][0].clone()
         if self.objective == "kl":
-            h = shaped(self._h(roles, t, real, fake), x) if self.needs_ratio else 1.0
+            h = shaped(self._h(roles, t, real, fake, batch.condition), x) if self.needs_ratio else 1.0
             return injected(x, (weight * h * (fake.x0 - real.x0)).detach()), logs
         if self.objective == "sid":
             return sid_loss(x, real.x0, fake.x0, weight, self._alpha(batch.progress)), logs
         if self.objective == "sim":
             return sim_loss(x, real.x0, fake.x0, weight, self.huber), logs
         with torch.no_grad():
-            ratio = self._ratio(roles, t, real, fake) if self.needs_ratio else torch.ones(len(x), device=x.device)
+            ratio = self._ratio(roles, t, real, fake, batch.condition) if self.needs_ratio else torch.ones(len(x), device=x.device)
         alpha, sigma = roles.schedule.coefficients(x, t)
         scale = (alpha / sigma**2).to(x)
         return expanded_loss(x, x_t, real.x0, fake.x0, weight, ratio, find_weight(self.divergence), scale, self.live_ratio), logs
@@ -272,21 +308,21 @@ class DistributionMatching(Method):
     def _score_interval(self) -> Range:
         return self.score_times if isinstance(self.score_times, tuple) else (self.score_times.low, self.score_times.high)
 
-    def _logits(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction) -> Tensor:
+    def _logits(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction, condition: Condition) -> Tensor:
         """(batch,) mean over the heads at x_t."""
         assert roles.discriminator is not None and self.gan is not None
         features = real.features or fake.features
-        logits = roles.discriminator(features) if features else judged(self.gan, roles, real.x_t, t, Condition())
+        logits = roles.discriminator(features) if features else judged(self.gan, roles, real.x_t, t, condition)
         return logits.reshape(len(t), -1).mean(1)
 
-    def _ratio(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction) -> Tensor:
-        logits = self._logits(roles, t, real, fake)
+    def _ratio(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction, condition: Condition) -> Tensor:
+        logits = self._logits(roles, t, real, fake, condition)
         return logits.double().exp() if self.ratio_normalization == "none" else self._normalizer.ratio(logits, t, roles.state["ratio_means"])
 
-    def _h(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction) -> Tensor:
+    def _h(self, roles: Roles, t: Tensor, real: Prediction, fake: Prediction, condition: Condition) -> Tensor:
         if self.ratio_normalization == "none":
-            return find_weight(self.divergence)(self._ratio(roles, t, real, fake))
-        return self._normalizer.weight(self.divergence, self._logits(roles, t, real, fake), t, roles.state["ratio_means"])
+            return find_weight(self.divergence)(self._ratio(roles, t, real, fake, condition))
+        return self._normalizer.weight(self.divergence, self._logits(roles, t, real, fake, condition), t, roles.state["ratio_means"])
 
     # -- critic and discriminator -------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
 from distill.denoiser import Condition, Denoiser
 from distill.losses.adversarial import Discriminator, feature_body
-from distill.methods.base import Batch, Method
+from distill.methods.base import Batch, Method, Pairs
 from distill.roles import Roles
 from distill.schedule import CosineVP
 from distill.verify.core import Check, at_most, train
@@ -18,9 +18,13 @@ TEACHER = gaussian(CosineVP(), (0.5, -0.3), (0.6, 0.9))
 
 
 def toy_batch(teacher: GaussianMixture, size: int) -> Batch:
-    """Noise, real samples, and a condition that has a null one, for methods that guide: both mean the one Gaussian that there is."""
+    """Noise, real samples, a condition that has a null one, for methods that guide (both mean the one Gaussian that there is), and
+    samples of the teacher's exact ODE with the noise that they came from."""
     label, null = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.long)
-    return Batch(torch.randn(size, 2), Condition({"class_labels": label}, {"class_labels": null}), teacher.sample(size))
+    told = Condition({"class_labels": label}, {"class_labels": null})
+    noise, start, one = torch.randn(size, 2), torch.randn(size, 2), torch.ones(size, dtype=torch.float64)
+    made = teacher.flow_map(start * teacher.schedule.initial_scale, one, 0 * one).float()
+    return Batch(noise, told, teacher.sample(size), pairs=Pairs(start, made, told))
 
 
 def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
@@ -75,6 +79,8 @@ def step_faults(method: Method) -> dict[str, int]:
     with torch.no_grad():
         for p in target:  # a target that is the student itself would have gradients of zero
             p.mul_(1.1)
+        for p in parameters["discriminator"]:  # untrained logits all lie within a hinge's margin: the gradient of a bias is 1 − 1
+            p.mul_(4.0)
     faults = dict.fromkeys(("not finite", "unreached", "target reached", "changed", "stale"), 0)
     kept = {role: [p.detach().clone() for p in group] for role, group in parameters.items()}
     for names, loss, _ in method.step(roles, batch):

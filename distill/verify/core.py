@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.analytic import MLPDenoiser
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
 from distill.roles import average as move_average
@@ -93,6 +94,15 @@ def train(
                 if roles.target is not None:
                     move_average(roles.target.parameters(), student, method.target_decay(step / steps))
     return kept
+
+
+@torch.no_grad()
+def starting_at(student: MLPDenoiser, place: Tensor, spread: float) -> None:
+    """Put an untrained student's samples at a place, in its ``data_std``, with so much of their own spread: not every mode is there."""
+    last = student.net[-1]
+    assert isinstance(last, nn.Linear)
+    last.weight.mul_(spread)
+    last.bias.copy_(place)
 
 
 @contextmanager

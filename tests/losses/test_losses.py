@@ -7,6 +7,7 @@ import torch
 
 from distill.losses.adversarial import ADVERSARIAL, Discriminator
 from distill.losses.divergence import DIVERGENCES, GENERATORS, RatioNormalizer, divergence_weight
+from distill.losses.embedding import random_embedding
 from distill.losses.metrics import METRICS, batch_mean_abs, l2, pseudo_huber, pseudo_huber_elementwise
 
 
@@ -96,3 +97,13 @@ def test_heads_fit_their_features() -> None:
     judge = Discriminator({"a": (8, 4, 4), "b": (10, 16), "c": (3,)}, hidden=16)
     logits = judge({"a": torch.randn(5, 8, 4, 4), "b": torch.randn(5, 10, 16), "c": torch.randn(5, 3)})
     assert logits.shape == (5, 3)
+
+
+@pytest.mark.parametrize(("shape", "features"), [((3, 8, 8), 16 * 4), ((3, 5, 8, 8), 16 * 4), ((7, 3), 16), ((3,), 16)])
+def test_random_embeddings_of_any_samples(shape: tuple[int, ...], features: int) -> None:
+    x = torch.randn(4, *shape, requires_grad=True)
+    embed = random_embedding(x, 16, 2, seed=0)
+    assert embed(x).shape == (4, features) and torch.equal(embed(x), random_embedding(x, 16, 2, seed=0)(x))
+    torch.testing.assert_close(embed(x[:1]), embed(x)[:1])
+    (gradient,) = torch.autograd.grad(embed(x).square().sum(), x)
+    assert bool(gradient.flatten(1).any(1).all())

@@ -1,0 +1,8 @@
+"""What ``distill verify teacher_feature_drifting`` checks of its own."""
+
+from distill.verify import teacher_feature_drifting
+
+
+def test_the_closed_forms_hold_and_the_ablations_miss_them() -> None:
+    results = list(teacher_feature_drifting.checks())
+    assert any(c.must_fail for c in results) and all(c.passed for c in results), [c for c in results if not c.passed]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.adapters import Adapters, LoRA
-from distill.denoiser import BackboneDenoiser, Call, Denoiser
+from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser
 from distill.errors import UserError
 from distill.losses.adversarial import Discriminator
 from distill.schedule import NoiseSchedule
@@ -40,6 +40,7 @@ class Roles:
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
+    extra: Condition | None = None  #: of ``Method.extra_inputs``
     decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable
 
     @property
@@ -97,7 +98,7 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
-    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None,
+    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, like_teacher: Sequence[str] = ("critic",),
 ) -> tuple[Roles, Adapters | None]:
     """The teacher and the wanted roles ("student", "critic", "target"), all starting from the teacher's weights.
 
@@ -108,6 +109,7 @@ def build_roles(
             tensors. A guidance embedding is trained in any case.
         architecture: settings of the backbone's config that make the student (and target) smaller; the critic follows
             the student's distribution against the teacher's and keeps the teacher's architecture.
+        like_teacher: the roles that keep it.
 
     Raises:
         UserError: if the backbone cannot be given what is asked for.
@@ -126,7 +128,7 @@ def build_roles(
     trained = None if selection is None else selection.names(denoiser.backbone)
     made = {}
     for role in wanted:
-        follows_student = role in ("student", "target")
+        follows_student = role not in like_teacher
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
         named = dict(backbone.named_parameters())

@@ -21,7 +21,7 @@ from distill.adapters import Adapters, LoRA
 from distill.attention import use_attention
 from distill.config import Config, load_config
 from distill.config import LoRA as LoRASettings
-from distill.denoiser import BackboneDenoiser, Denoiser
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser
 from distill.errors import UserError
 from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator, feature_body
@@ -83,17 +83,36 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     selection = Selection(tuple(student.train or ()), tuple(student.freeze or ())) if student.train or student.freeze else None
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
+        like_teacher=method.like_teacher,
     )
     if adapters is None and bits != "none":  # the copies have been made
         quantize(teacher.backbone, bits, teacher.device)
     if student.architecture is not None:
         _try_out(teacher, roles.student, "student.architecture: a student of this architecture does not work as the teacher does")
     waiting = _economize(config, teacher, roles, adapters)
-    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
+    roles.state = {k: v.to(teacher.device) for k, v in (method.initial_state() | method.state_of(roles)).items()}
+    roles.extra = _extra_conditions(method, teacher)
     roles.discriminator = _discriminator(method, teacher, roles)
     roles.decode = teacher.decode_with_gradient
     assert isinstance(roles.student, BackboneDenoiser)
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), adapters), waiting)
+
+
+def _extra_conditions(method: Method, teacher: Teacher) -> Condition | None:
+    """Those of the inputs that the method names in its settings.
+
+    Raises:
+        UserError: if the teacher takes no such inputs.
+    """
+    inputs = method.extra_inputs()
+    for given in inputs:
+        if teacher.input_name == "prompt" and not isinstance(given, str):
+            raise UserError(f"method: {given!r} is not a prompt, which this teacher takes")
+        if teacher.input_name == "class_labels" and not (isinstance(given, int) and 0 <= given < (teacher.classes or given + 1)):
+            raise UserError(f"method: {given!r} is not one of this teacher's classes" + (f", 0 to {teacher.classes - 1}" if teacher.classes else ""))
+        if teacher.input_name is None:
+            raise UserError(f"method: {given!r} is no input of this teacher, which is unconditional")
+    return teacher.condition(inputs) if inputs else None
 
 
 def _lora(config: Config) -> LoRA | None:

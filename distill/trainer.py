@@ -177,8 +177,8 @@ class Trainer:
         if self.ema:
             decay = min(self.config.student.ema, (1 + step) / (10 + step))
             average(self.ema.values(), student, decay, mix_seed(self.config.seed, step, 1))
-        if self.roles.target is not None:
-            average(self.roles.target.parameters(), student, self.method.target_decay(progress), mix_seed(self.config.seed, step, 2))
+        if self.roles.target is not None and (decay := self.method.target_decay(progress)) < 1:
+            average(self.roles.target.parameters(), student, decay, mix_seed(self.config.seed, step, 2))
 
     def _averaged_copy(self, parameter: Tensor) -> Tensor:
         section = self.config.student

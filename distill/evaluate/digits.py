@@ -80,5 +80,10 @@ def features(network: DigitsNet, images: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(network: DigitsNet, images: Tensor, labels: Tensor) -> float:
     """The share of images that the classifier gives to their own label."""
-    predicted = torch.cat([network.logits(chunk).argmax(1) for chunk in images.split(_CHUNK)])
-    return (predicted == labels).double().mean().item()
+    return (predictions(network, images) == labels).double().mean().item()
+
+
+@torch.no_grad()
+def predictions(network: DigitsNet, images: Tensor) -> Tensor:
+    """(N,) the classes that the classifier gives to any number of images."""
+    return torch.cat([network.logits(chunk).argmax(1) for chunk in images.split(_CHUNK)])

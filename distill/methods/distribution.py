@@ -21,7 +21,7 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Prediction
+from distill.denoiser import Condition, Denoiser, Prediction
 from distill.guidance import Guided
 from distill.losses.divergence import RatioNormalizer, find_weight, known_divergence
 from distill.losses.metrics import batch_mean_abs
@@ -66,7 +66,7 @@ class DistributionMatching(Method):
     critic_guidance_scale: Scale | Literal["same"] = 1.0  #: of the critic in the score difference; "same": the teacher's (VSD)
 
     # the critic
-    critic_steps: Annotated[int, Field(ge=1)] | Adaptive = 5  #: critic updates per student update, or by need: {lag: 0.25, at_most: 10}
+    critic_steps: Annotated[int, Field(ge=1)] | Adaptive = 5  #: critic updates per student update, or by need: {lag: 0.5, at_most: 10}
     critic_times: TimeLaw = (0.001, 1.0)  #: t of denoising score matching
     critic_target: CriticTarget = "exact"  #: of samples at a noise level s > 0
     critic_null: UnitInterval = 0.0  #: share of its samples that it learns without their condition; a guided critic needs some
@@ -198,7 +198,7 @@ class DistributionMatching(Method):
         noise = torch.randn_like(x)
         with nullcontext() if live else torch.no_grad():
             x_t = roles.schedule.add_noise(x, noise, t) if s is None else roles.schedule.renoise(x, noise, s, t)
-            real, fake = self._predictions(roles, x_t, t, batch.condition)
+            real, fake = self._predictions(roles, x_t, t, batch)
         with torch.no_grad():
             weight = self._weight(roles, x0, t, s, real, fake)
             logs: dict[str, Tensor | float] = {"score_gap": (weight * (fake.x0 - real.x0)).abs().mean()}
@@ -221,17 +221,22 @@ class DistributionMatching(Method):
     def _draw(self, law: TimeLaw, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
         return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s)
 
-    def _predictions(self, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Prediction, Prediction]:
+    def _reference(self, roles: Roles, batch: Batch) -> tuple[Denoiser, Condition]:
+        """Whom the student is compared with, and what that one is told: the teacher, the same as the student."""
+        return roles.teacher, batch.condition
+
+    def _predictions(self, roles: Roles, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Prediction, Prediction]:
         """The guided teacher's and the critic's predictions, with the features that the density ratio is read from."""
         assert roles.critic is not None
+        (reference, asked), condition = self._reference(roles, batch), batch.condition
         on_backbone = self.needs_ratio and self.gan is not None and self.gan.on_backbone
         wanted = tuple(self.gan.layers) if on_backbone and self.gan is not None else ()
         of_teacher = wanted if self.gan is not None and self.gan.features == "teacher" else ()
         scale = self.guidance_scale
         if isinstance(scale, tuple):
             w = torch.rand(len(x_t), device=x_t.device) * (scale[1] - scale[0]) + scale[0]
-            condition, scale = condition.with_guidance(w), 1.0
-        real = Guided(roles.teacher, scale).predict(x_t, t, condition, of_teacher)
+            asked, condition, scale = asked.with_guidance(w), condition.with_guidance(w), 1.0
+        real = Guided(reference, scale).predict(x_t, t, asked, of_teacher)
         own = scale if self.critic_guidance_scale == "same" else self.critic_guidance_scale
         told = condition if self.critic_guidance_scale == "same" else condition.without_guidance()
         fake = Guided(roles.critic, own).predict(x_t, t, told, () if of_teacher else wanted)
@@ -283,7 +288,7 @@ class DistributionMatching(Method):
 
     def _critic_updates(self, roles: Roles) -> int:
         if isinstance(self.critic_steps, Adaptive):
-            return int(roles.state["critic_need"][0])
+            return self.critic_steps.updates(roles.state["critic_need"])
         return self.critic_steps if self.has_critic or self.gan is not None else 0
 
     def _critic_update(self, roles: Roles, batch: Batch, sample: Sample) -> Iterator[Update]:

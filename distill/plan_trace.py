@@ -316,7 +316,7 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
 
         return call
 
-    networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "target") if getattr(roles, r) is not None}
+    networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "winner", "target") if getattr(roles, r) is not None}
     for role, network in networks.items():
         network.predict, network.features = watched(role, network.predict), watched(role, network.features)
     try:

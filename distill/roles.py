@@ -37,6 +37,7 @@ class Roles:
     teacher: Denoiser
     student: Denoiser
     critic: Denoiser | None = None
+    winner: Denoiser | None = None  #: a second critic, of the samples that win a comparison
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Roles:
 
     def trained(self) -> list[str]:
         """The roles that have parameters of their own and are changed by gradients."""
-        return [r for r in ("student", "critic", "discriminator") if self.parameters(r)]
+        return [r for r in ("student", "critic", "winner", "discriminator") if self.parameters(r)]
 
 
 @torch.no_grad()
@@ -98,9 +99,9 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
-    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, like_teacher: Sequence[str] = ("critic",),
+    selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, like_teacher: Sequence[str] = ("critic", "winner"),
 ) -> tuple[Roles, Adapters | None]:
-    """The teacher and the wanted roles ("student", "critic", "target"), all starting from the teacher's weights.
+    """The teacher and the wanted roles ("student", "critic", "winner", "target"), all starting from the teacher's weights.
 
     Args:
         lora: adapters on the teacher's own backbone in place of copies.

@@ -125,7 +125,7 @@ def _lora(config: Config) -> LoRA | None:
 def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapters | None) -> list[Offload]:
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
-    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
+    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.winner, roles.target) if isinstance(n, BackboneDenoiser)]
     backbones = list({id(n.backbone): n.backbone for n in networks}.values())
     for backbone in backbones:
         use_attention(backbone, settings.attention, teacher.device)

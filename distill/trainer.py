@@ -256,7 +256,7 @@ class Trainer:
     # -- odds and ends --------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        networks = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.target)
+        networks = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.winner, self.roles.target)
         for backbone in {id(n.backbone): n.backbone for n in networks if isinstance(n, BackboneDenoiser)}.values():
             backbone.compile()
 

@@ -38,10 +38,10 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str
-    #: roles with weights of their own, beside the teacher: "student", and of "critic", "target"
+    #: roles with weights of their own, beside the teacher: "student", and of "critic", "winner", "target"
     roles: ClassVar[Sequence[str]] = ("student",)
     #: those of them that keep the teacher's architecture where the student's is another
-    like_teacher: ClassVar[Sequence[str]] = ("critic",)
+    like_teacher: ClassVar[Sequence[str]] = ("critic", "winner")
 
     def needs_images(self) -> bool:
         """Whether ``Batch.x0`` is used."""

@@ -30,7 +30,7 @@ from distill.matching.critic import Adaptive, CriticTarget, denoising_loss, publ
 from distill.matching.objectives import LIVE, Objective, expanded_loss, injected, shaped, sid_loss, sim_loss
 from distill.matching.rollout import Rollout, Sample, roll_out
 from distill.matching.terms import AnyTerm, Context
-from distill.matching.times import Range, TimeLaw, UnitInterval, draw_times
+from distill.matching.times import Range, Scope, TimeLaw, Times, UnitInterval, draw_times
 from distill.methods.base import Batch, Method, Update
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
@@ -104,6 +104,8 @@ class DistributionMatching(Method):
             raise ValueError("a guided critic must learn samples without their condition too: set critic_null to 0.1 or so")
         if self.critic_guidance_scale == "same" and self.guidance_scale == 1.0:
             raise ValueError("critic_guidance_scale same, and the teacher is not guided: set guidance_scale")
+        if _scope(self.critic_times) is not None or (self.gan is not None and _scope(self.gan.times) is not None):
+            raise ValueError("scope is for score_times: the critic and the discriminator must know every level that they are asked at")
         return self
 
     # -- what it needs ------------------------------------------------------------------------------------------------
@@ -122,7 +124,8 @@ class DistributionMatching(Method):
         return ("student", "critic") if self.has_critic else ("student",)
 
     def needs_images(self) -> bool:
-        own = self.gan is not None and self.gan.real == "data"
+        scope = _scope(self.score_times)
+        own = (self.gan is not None and self.gan.real == "data") or (scope is not None and scope.against == "data")
         return own or self.rollout == "data" or any(term.needs_images for term in self.terms)
 
     def needs_decoder(self) -> bool:
@@ -133,6 +136,7 @@ class DistributionMatching(Method):
 
     def initial_state(self) -> dict[str, Tensor]:
         state = {"ratio_means": self._normalizer.initial_state()} if self.needs_ratio else {}
+        state |= {"scope": torch.zeros(())} if _scope(self.score_times) is not None else {}
         return state | ({"critic_need": self.critic_steps.initial_state()} if isinstance(self.critic_steps, Adaptive) else {})
 
     def sampler(self) -> Sampler:
@@ -219,7 +223,19 @@ class DistributionMatching(Method):
         return expanded_loss(x, x_t, real.x0, fake.x0, weight, ratio, find_weight(self.divergence), scale, self.live_ratio), logs
 
     def _draw(self, law: TimeLaw, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
-        return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s)
+        below = self._below(law, roles, batch, sample) if isinstance(law, Times) and law.scope is not None else None
+        return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s, below=below)
+
+    @torch.no_grad()
+    def _below(self, law: Times, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
+        """Each sample's own upper bound of t."""
+        assert law.scope is not None
+        interval, x, goal = law.interval(batch.progress), sample.x0, batch.x0
+        if law.scope.against == "teacher":
+            t = torch.full((len(x),), sum(interval) / 2, dtype=torch.float64, device=x.device)
+            goal = roles.teacher(roles.schedule.add_noise(x, torch.randn_like(x), t), t, batch.condition.without_guidance())
+        assert goal is not None
+        return law.scope.below(interval, (x - goal).flatten(1).square().mean(1).sqrt(), roles.state["scope"])
 
     def _reference(self, roles: Roles, batch: Batch) -> tuple[Denoiser, Condition]:
         """Whom the student is compared with, and what that one is told: the teacher, the same as the student."""
@@ -321,3 +337,7 @@ class DistributionMatching(Method):
     @property
     def _mean_guidance(self) -> float:
         return sum(self.guidance_scale) / 2 if isinstance(self.guidance_scale, tuple) else self.guidance_scale
+
+
+def _scope(law: TimeLaw) -> Scope | None:
+    return law.scope if isinstance(law, Times) else None

@@ -70,7 +70,7 @@ def step_faults(method: Method, progress: float = 0.0) -> dict[str, int]:
     roles = toy_roles(method)
     batch = Batch(torch.randn(256, 2), Condition(), TEACHER.sample(256), progress)
     own_target = method.target_decay(progress) == 1  # which it sets without a gradient
-    parameters = {role: roles.parameters(role) for role in ("student", "critic", "discriminator", "target")}
+    parameters = {role: roles.parameters(role) for role in ("student", "critic", "winner", "discriminator", "target")}
     target = parameters["target"]
     with torch.no_grad():
         for p in target:  # a target that is the student itself would have gradients of zero

@@ -41,7 +41,7 @@ class SFD(DistributionMatching):
     name: Literal["sfd"] = "sfd"  # type: ignore[assignment]
     objective: Objective = "sid"
     score_times: TimeLaw = (0.04, 0.71)
-    critic_steps: int = 1  # type: ignore[assignment]
+    alpha: float = 1.0  # type: ignore[assignment]  # the paper: 1.2, and 1 for Stable Diffusion; above 1 wide students are driven outwards (see sid)
 
     forget: list[Input] = []  #: classes or prompts
     #: the class or prompt to give in their place; a list: one of it at random for each sample; null: the teacher's null condition

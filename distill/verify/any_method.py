@@ -72,12 +72,13 @@ def step_faults(method: Method, progress: float = 0.0) -> dict[str, int]:
     own_target = method.target_decay(progress) == 1  # which it sets without a gradient
     parameters = {role: roles.parameters(role) for role in ("student", "critic", "winner", "discriminator", "target")}
     target = parameters["target"]
+    for _ in method.step(roles, batch):  # what a method keeps of its networks by now
+        pass
     with torch.no_grad():
+        for p in parameters["critic"]:  # and the critic has learnt since
+            p.mul_(1.1)
         for p in target:  # a target that is the student itself would have gradients of zero
             p.mul_(1.1)
-        for kept_weights in roles.state.values():  # nor would one towards a network that is the critic itself
-            if kept_weights.is_floating_point():
-                kept_weights.mul_(1.1)
     faults = dict.fromkeys(("not finite", "unreached", "target reached", "changed", "stale"), 0)
     kept = {role: [p.detach().clone() for p in group] for role, group in parameters.items()}
     for names, loss, _ in method.step(roles, batch):

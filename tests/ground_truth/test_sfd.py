@@ -31,7 +31,7 @@ def losses(method: DistributionMatching) -> list[float]:
 
 
 def test_with_nothing_to_forget_it_is_sid() -> None:
-    assert losses(SFD()) == losses(SiD(score_times=(0.04, 0.71)))
+    assert losses(SFD()) == losses(SiD(score_times=(0.04, 0.71), alpha=1.0, critic_steps=5))
 
 
 @pytest.mark.parametrize("instead", [7, [7, 8], None])

@@ -37,9 +37,9 @@ class Roles:
     teacher: Denoiser
     student: Denoiser
     critic: Denoiser | None = None
-    winner: Denoiser | None = None  #: a second critic, of the samples that win a comparison
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
+    winner: Denoiser | None = None  #: a second critic, of the samples that win a comparison
     state: dict[str, Tensor] = field(default_factory=dict)
     extra: Condition | None = None  #: of ``Method.extra_inputs``
     decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable

@@ -79,8 +79,8 @@ class DistillationDPO(DistributionMatching):
     def _pairs(self, batch: Batch) -> Batch:
         """Two samples of each condition: (2 batch, ...)."""
         noise = torch.cat([batch.noise, self.second_noise * torch.randn_like(batch.noise)])
-        twice = {k: None if v is None else torch.cat([v, v]) for k, v in (("x0", batch.x0), ("group", batch.group))}
-        return replace(batch, noise=noise, condition=cat([batch.condition] * 2), inputs=list(batch.inputs) * 2, **twice)
+        x0, group = (None if v is None else torch.cat([v, v]) for v in (batch.x0, batch.group))
+        return replace(batch, noise=noise, condition=cat([batch.condition] * 2), x0=x0, group=group, inputs=list(batch.inputs) * 2)
 
     def _sample(self, roles: Roles, batch: Batch, fresh: bool = False) -> Sample:
         if fresh:

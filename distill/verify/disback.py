@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Mover(AffineGenerator):
 
 
 #: Low noise alone: at higher levels the noised samples reach where the teacher is right, and plain distillation crawls home, too.
-SETTINGS = {"weighting": "exact", "score_times": (0.15, 0.3), "critic_times": (0.15, 0.3), "critic_steps": 4}
+SETTINGS: dict[str, Any] = {"weighting": "exact", "score_times": (0.15, 0.3), "critic_times": (0.15, 0.3), "critic_steps": 4}
 
 #: The path is as long as the copy needs to forget: longer, and all that is recorded is the student's own score.
 RECORDING = 0.08
@@ -98,7 +99,7 @@ def path_checks() -> Iterator[Check]:
     method = DisBack(**SETTINGS, recording=RECORDING)
     roles = trained(method, until=RECORDING)
     assert roles.critic is not None
-    means = [0.0, *(float(roles.state[f"teacher_{i}/mean"]) for i in range(1, method.teachers)), float(roles.critic.parameters()[0].detach())]  # type: ignore[attr-defined]
+    means = [0.0, *(float(roles.state[f"teacher_{i}/mean"]) for i in range(1, method.teachers)), float(next(iter(roles.critic.parameters())).detach())]  # type: ignore[attr-defined]
     falls = sum(b <= a for a, b in zip(means[:-1], means[1:], strict=True))
     yield at_most("disback", f"recorded means {', '.join(f'{m:.2f}' for m in means)}: how often they fall", falls, 0)
     yield at_most("disback", "distance of the last one from the student's mean", abs(means[-1] - START), 0.3)

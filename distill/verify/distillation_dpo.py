@@ -94,7 +94,7 @@ def rest(method: DistillationDPO, ranked: bool = True, steps: int = 150, batch: 
     student = AffineGenerator(schedule, (0.0,), (1.0,))
     critic = ExactCritic(student)
     winner = ExactRanked(student, 1.0) if ranked else critic
-    roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic, winner, decode=lambda x: x)
+    roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic, winner=winner, decode=lambda x: x)
 
     def loss() -> Tensor:
         return next(iter(method.step(roles, Batch(torch.randn(batch, 1, dtype=torch.float64), Condition()))))[1]

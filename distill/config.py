@@ -104,7 +104,8 @@ class Optimizers(Section):
     discriminator: Optimizer | None = None
 
     def of(self, role: str) -> Optimizer:
-        return getattr(self, role, None) or self.student
+        own = self.critic if role == "winner" else getattr(self, role, None)  # a second critic trains as the first
+        return own or self.student
 
 
 class Trainer(Section):

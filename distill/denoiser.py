@@ -67,16 +67,19 @@ class Condition:
 
     def dropped(self, mask: Tensor) -> Condition:
         """The null condition where the (batch,) mask is true."""
-        null = self.null
-        if null is None:
+        if self.null is None:
             raise ValueError("this teacher has no null condition")
+        return self.where(~mask, Condition(self.null))
 
-        def mixed(told: Any, nothing: Any) -> Any:
-            if isinstance(told, Tensor):
-                return torch.where(mask.to(told.device).reshape((-1,) + (1,) * (told.dim() - 1)), nothing, told)
-            return [n if m else c for c, n, m in zip(told, nothing, mask.tolist(), strict=True)]
+    def where(self, mask: Tensor, other: Condition) -> Condition:
+        """This condition where the (batch,) mask is true, what the other one says elsewhere. The null condition stays."""
 
-        return Condition({k: mixed(v, null[k]) for k, v in self.values.items()}, null, self.guidance)
+        def mixed(mine: Any, theirs: Any) -> Any:
+            if isinstance(mine, Tensor) and isinstance(theirs, Tensor) and mine.shape == theirs.shape:
+                return torch.where(mask.to(mine.device).reshape((-1,) + (1,) * (mine.dim() - 1)), mine, theirs)
+            return [a if m else b for a, b, m in zip(mine, theirs, mask.tolist(), strict=True)]
+
+        return Condition({k: mixed(v, other.values[k]) for k, v in self.values.items()}, self.null, self.guidance)
 
 
 def cat(conditions: Sequence[Condition]) -> Condition:

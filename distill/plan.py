@@ -183,7 +183,7 @@ def _weights(parts: Parts) -> dict[str, list[Tensor]]:
     shared = parts.adapters is not None
     found: dict[str, list[Tensor]] = {("shared backbone" if shared else "teacher") + " weights": _tensors_of(parts.teacher.backbone)}
     roles = parts.roles
-    for role in ("student", "critic", "target"):
+    for role in ("student", "critic", "winner", "target"):
         network: Any = getattr(roles, role)
         if network is not None:
             adapter = network.backbone is parts.teacher.backbone
@@ -194,7 +194,7 @@ def _weights(parts: Parts) -> dict[str, list[Tensor]]:
     if roles.discriminator is not None:
         found["discriminator weights"] = _tensors_of(roles.discriminator)
     seen: set[int] = set()
-    own = {id(p) for role in ("student", "critic", "target") for p in roles.parameters(role)} if shared else set()
+    own = {id(p) for role in ("student", "critic", "winner", "target") for p in roles.parameters(role)} if shared else set()
     for tag, tensors in found.items():
         skip = own if tag.startswith(("shared", "teacher")) else set()
         found[tag] = [t for t in tensors if id(t) not in skip and t.untyped_storage()._cdata not in seen]
@@ -208,7 +208,7 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _networks(parts: Parts) -> list[BackboneDenoiser]:
     """One per backbone."""
-    networks: list[Any] = [getattr(parts.roles, role) for role in ("teacher", "student", "critic", "target")]
+    networks: list[Any] = [getattr(parts.roles, role) for role in ("teacher", "student", "critic", "winner", "target")]
     return list({id(n.backbone): n for n in networks if n is not None}.values())
 
 
@@ -216,10 +216,10 @@ def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
     count = {"teacher": sum(t.numel() for t in parts.teacher.backbone.parameters())}
     roles = parts.roles
     if parts.adapters is not None:
-        adapted = [r for r in ("student", "critic", "target") if getattr(getattr(roles, r), "backbone", None) is parts.teacher.backbone]
+        adapted = [r for r in ("student", "critic", "winner", "target") if getattr(getattr(roles, r), "backbone", None) is parts.teacher.backbone]
         count["teacher"] -= sum(p.numel() for role in adapted for p in roles.parameters(role))
     table = {"teacher": {"parameters": count["teacher"], "trained": 0}}
-    for role in ("student", "critic", "target", "discriminator"):
+    for role in ("student", "critic", "winner", "target", "discriminator"):
         own = sum(p.numel() for p in roles.parameters(role))
         network: Any = getattr(roles, role)
         if network is not None:

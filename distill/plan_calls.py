@@ -42,7 +42,7 @@ def average_calls(method: Method, roles: Roles, batch: Batch, features: Mapping[
         traced: the calls of one step; the answer, if chance has no part in them.
     """
     total: Calls = Counter()
-    names = [role for role in ("teacher", "student", "critic", "target") if getattr(roles, role) is not None]
+    names = [role for role in ("teacher", "student", "critic", "winner", "target") if getattr(roles, role) is not None]
     draws = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

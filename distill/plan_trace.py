@@ -317,7 +317,7 @@ def _counted(roles: Roles, scale: Scale, visiting: Mapping[str, tuple[str, int]]
 
         return call
 
-    networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "target") if getattr(roles, r) is not None}
+    networks: dict[str, Any] = {r: getattr(roles, r) for r in ("teacher", "student", "critic", "winner", "target") if getattr(roles, r) is not None}
     if roles.together is not None:
         networks[TOGETHER] = roles.together.network
     for role, network in networks.items():

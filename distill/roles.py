@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.adapters import Adapters, LoRA
-from distill.denoiser import BackboneDenoiser, Call, Denoiser
+from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser
 from distill.errors import UserError
 from distill.losses.adversarial import Discriminator
 from distill.masters import Masters
@@ -43,7 +43,9 @@ class Roles:
     critic: Denoiser | None = None
     target: Denoiser | None = None
     discriminator: Discriminator | None = None
+    winner: Denoiser | None = None  #: a second critic, of the samples that win a comparison
     state: dict[str, Tensor] = field(default_factory=dict)
+    extra: Condition | None = None  #: of ``Method.extra_inputs``
     decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable
     together: Together | None = None  #: asks teacher and critic in one call, where the run is to do so
 
@@ -66,7 +68,7 @@ class Roles:
 
     def trained(self) -> list[str]:
         """The roles that have parameters of their own and are changed by gradients."""
-        return [r for r in ("student", "critic", "discriminator") if self.parameters(r)]
+        return [r for r in ("student", "critic", "winner", "discriminator") if self.parameters(r)]
 
 
 @torch.no_grad()
@@ -103,8 +105,9 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
     selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, critic_lora: LoRA | None = None,
+    like_teacher: Sequence[str] = ("critic", "winner"),
 ) -> tuple[Roles, Adapters | None]:
-    """The teacher and the wanted roles ("student", "critic", "target"), all starting from the teacher's weights.
+    """The teacher and the wanted roles ("student", "critic", "winner", "target"), all starting from the teacher's weights.
 
     Args:
         lora: adapters on the teacher's own backbone in place of copies.
@@ -114,6 +117,7 @@ def build_roles(
         architecture: settings of the backbone's config that make the student (and target) smaller; the critic follows
             the student's distribution against the teacher's and keeps the teacher's architecture.
         critic_lora: an adapter on the teacher's own backbone for the critic, beside copies for the others.
+        like_teacher: the roles that keep it.
 
     Raises:
         UserError: if the backbone cannot be given what is asked for.
@@ -130,7 +134,7 @@ def build_roles(
     for role in wanted:
         if role in on_teacher:
             continue
-        follows_student = role in ("student", "target")
+        follows_student = role not in like_teacher
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
         chosen = [n for n, _ in backbone.named_parameters() if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)]

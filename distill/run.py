@@ -23,7 +23,7 @@ from distill.adapters import Adapters, LoRA
 from distill.attention import use_attention
 from distill.config import Config, load_config
 from distill.config import LoRA as LoRASettings
-from distill.denoiser import BackboneDenoiser, Denoiser
+from distill.denoiser import BackboneDenoiser, Condition, Denoiser
 from distill.errors import UserError
 from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator, condition_vector, feature_body
@@ -92,6 +92,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
         critic_lora=_settings(config.critic.lora) if config.critic.weights == "lora" else None,
+        like_teacher=method.like_teacher,
     )
     if adapters is None and bits != "none":  # the copies have been made
         quantize(teacher.backbone, bits, teacher.device)
@@ -100,12 +101,30 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     if config.trainer.batched_roles and adapters is not None:
         roles.together = _together(teacher, roles, adapters)
     waiting = _economize(config, teacher, roles, adapters)
-    roles.state = {k: v.to(teacher.device) for k, v in method.initial_state().items()}
+    roles.state = {k: v.to(teacher.device) for k, v in (method.initial_state() | method.state_of(roles)).items()}
+    roles.extra = _extra_conditions(method, teacher)
     roles.discriminator = _discriminator(method, teacher, roles)
     roles.decode = teacher.decode_with_gradient
     assert isinstance(roles.student, BackboneDenoiser)
     own = adapters if student.weights == "lora" else None
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), own), waiting)
+
+
+def _extra_conditions(method: Method, teacher: Teacher) -> Condition | None:
+    """Those of the inputs that the method names in its settings.
+
+    Raises:
+        UserError: if the teacher takes no such inputs.
+    """
+    inputs = method.extra_inputs()
+    for given in inputs:
+        if teacher.input_name == "prompt" and not isinstance(given, str):
+            raise UserError(f"method: {given!r} is not a prompt, which this teacher takes")
+        if teacher.input_name == "class_labels" and not (isinstance(given, int) and 0 <= given < (teacher.classes or given + 1)):
+            raise UserError(f"method: {given!r} is not one of this teacher's classes" + (f", 0 to {teacher.classes - 1}" if teacher.classes else ""))
+        if teacher.input_name is None:
+            raise UserError(f"method: {given!r} is no input of this teacher, which is unconditional")
+    return teacher.condition(inputs) if inputs else None
 
 
 def _lora(config: Config) -> LoRA | None:
@@ -154,7 +173,7 @@ def _together(teacher: Teacher, roles: Roles, adapters: Adapters) -> Together:
 def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapters | None) -> list[Offload]:
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
-    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.target) if isinstance(n, BackboneDenoiser)]
+    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.winner, roles.target) if isinstance(n, BackboneDenoiser)]
     apart = list({id(n.backbone): n for n in networks}.values())  #: one per backbone
     for network in apart:
         use_attention(network.backbone, settings.attention, teacher.device)

@@ -205,8 +205,8 @@ class Trainer:
         if self.ema:
             decay = min(self.config.student.ema, (1 + step) / (10 + step))
             average(self.ema.values(), student, decay, mix_seed(self.config.seed, step, 1))
-        if self.roles.target is not None:
-            average(self.roles.target.parameters(), student, self.method.target_decay(progress), mix_seed(self.config.seed, step, 2))
+        if self.roles.target is not None and (decay := self.method.target_decay(progress)) < 1:
+            average(self.roles.target.parameters(), student, decay, mix_seed(self.config.seed, step, 2))
 
     def _averaged_copy(self, parameter: Tensor) -> Tensor:
         section = self.config.student
@@ -284,7 +284,7 @@ class Trainer:
     # -- odds and ends --------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        networks = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.target)
+        networks = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.winner, self.roles.target)
         for backbone in {id(n.backbone): n.backbone for n in networks if isinstance(n, BackboneDenoiser)}.values():
             backbone.compile()
 

@@ -6,11 +6,15 @@ with the mean and the deviation of the training images, so that each of the 64 w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from distill.resources import resource
 
 FEATURES = 64  #: width of the features
 
@@ -80,5 +84,22 @@ def features(network: DigitsNet, images: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(network: DigitsNet, images: Tensor, labels: Tensor) -> float:
     """The share of images that the classifier gives to their own label."""
-    predicted = torch.cat([network.logits(chunk).argmax(1) for chunk in images.split(_CHUNK)])
-    return (predicted == labels).double().mean().item()
+    return (predictions(network, images) == labels).double().mean().item()
+
+
+@torch.no_grad()
+def predictions(network: DigitsNet, images: Tensor) -> Tensor:
+    """(N,) the classes that the classifier gives to any number of images."""
+    return torch.cat([network.logits(chunk).argmax(1) for chunk in images.split(_CHUNK)])
+
+
+def confidence(images: Tensor, inputs: Sequence[int]) -> Tensor:
+    """(N,) the classifier's log-probability of the class that was asked for, of images in [0, 1]: a metric to prefer by."""
+    network = _shipped()
+    labels = torch.tensor(list(inputs), device=images.device)
+    return network.to(images.device).logits(images * 2 - 1).log_softmax(1)[torch.arange(len(labels)), labels]
+
+
+@cache
+def _shipped() -> DigitsNet:
+    return load_features(resource("assets/digits-features.safetensors"))

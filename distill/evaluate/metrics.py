@@ -2,6 +2,7 @@
 
     fd-digits   Fréchet distance in the digits features; reference: the training images, the held-out ones beside it
     kid         kernel distance in the same features           accuracy    share of images classified as asked for
+    accuracy-by-class  the same for each class
     precision, recall, density, coverage                       in the same features
     fid         clean-fid's FID against a folder of images     clip-score  cosine of OpenCLIP's image and text embeddings
 """
@@ -85,6 +86,14 @@ def accuracy(images: Images, context: Context) -> Numbers:
     return {"accuracy": digits.accuracy(_digits_network()[0], images.images * 2 - 1, torch.tensor(images.inputs))}
 
 
+def accuracy_by_class(images: Images, context: Context) -> Numbers:
+    """The share of each class's requests that are classified as asked for: what a student forgot, and what it did not."""
+    accuracy(images, context)
+    asked = torch.tensor(images.inputs)
+    right = digits.predictions(_digits_network()[0], images.images * 2 - 1) == asked
+    return {f"accuracy_{c}": float(right[asked == c].double().mean()) for c in sorted(set(images.inputs))}
+
+
 def _equal_counts(images: Images) -> tuple[Tensor, Tensor]:
     made, train = _digit_features(images, 6), _digits_network()[1]  # density and coverage look at 5 neighbours
     count = min(len(made), len(train))
@@ -163,8 +172,8 @@ def clip_score(images: Images, context: Context) -> Numbers:
 
 
 METRICS: dict[str, Metric] = {
-    "fd-digits": fd_digits, "kid": kid, "kid-digits": kid, "accuracy": accuracy, "precision": precision, "recall": recall,
-    "density": density, "coverage": coverage, "fid": fid, "clip-score": clip_score,
+    "fd-digits": fd_digits, "kid": kid, "kid-digits": kid, "accuracy": accuracy, "accuracy-by-class": accuracy_by_class,
+    "precision": precision, "recall": recall, "density": density, "coverage": coverage, "fid": fid, "clip-score": clip_score,
 }
 
 
@@ -202,7 +211,7 @@ def check_fit(name: str, pipeline: Any, context: Context) -> None:
         size = config.get("sample_size", 8)
         if getattr(pipeline, "vae", None) is not None or config.get("in_channels", 1) != 1 or size not in (8, (8, 8), [8, 8]):
             raise UserError(f"{name} measures 1×8×8 digits, and {type(pipeline).__name__} makes other images: use fid or clip-score")
-        if name == "accuracy" and conditioned_on(pipeline) != "class_labels":
+        if name.startswith("accuracy") and conditioned_on(pipeline) != "class_labels":
             raise UserError("accuracy needs images of known classes, and this pipeline is not class-conditional")
 
 

@@ -17,7 +17,7 @@ SUBINTERVAL_CAP = 10.0  #: the weight of a subinterval target is min(1, this × 
 
 
 class Adaptive(BaseModel):
-    """Critic updates by need: one more a step while the critic lags behind the student, one fewer while it does not.
+    """Critic updates by need: more while the critic lags behind the student, fewer while it does not.
 
     The lag is the part of the student's gradient that the critic gets wrong. At the posterior mean D* of the student's samples,
     E⟨x − D_F(x_t), g⟩ = E⟨D* − D_F, g⟩ for any g(x_t); with g the score gap D_F − D_T itself,
@@ -25,27 +25,46 @@ class Adaptive(BaseModel):
         lag = |E⟨x − D_F, D_F − D_T⟩| / E‖D_F − D_T‖²
 
     is 1 where the critic has come half the way from the teacher to the student, and 0 where it is right. All of it is there in
-    the student's own step: measuring it costs nothing.
+    the student's own step: measuring it costs nothing. Running means are taken of both; the numerator's own variance, which
+    would look like a lag as the gap closes, is subtracted from its square.
+
+    The number of updates n is moved by (lag / wanted)^gain a step. In the linear model of two time scales (student rate a, critic
+    rate b an update) the lag settles at a root of its own: critical damping, b n = 4 a, is a lag of ½, and a lag of ¼ is b n = 16 a / 3.
+    A fractional n is kept to on average. Not weighted as the loss is: the weights stress low noise, where what is left is the
+    critic's own error, which more updates do not remove.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    lag: Annotated[float, Field(gt=0)] = 0.25  #: more updates above this, fewer below
+    lag: Annotated[float, Field(gt=0)] = 0.5  #: wanted
     at_most: Annotated[int, Field(ge=1)] = 10
-    memory: Annotated[float, Field(ge=0, lt=1)] = 0.9  #: decay of the running means
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.5  #: decay of the running means; a long one answers too late, and overshoots
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.03  #: how fast the number of updates follows the lag
 
     def initial_state(self) -> Tensor:
-        """[number of updates, running mean of the numerator, of the denominator]."""
-        return torch.tensor([1.0, 0.0, 0.0])
+        """[number of updates, what earlier ones left over, running mean of the numerator, of the denominator, of the numerator's
+        variance]. It starts at the most: the critic begins as the teacher, and has all the way to go."""
+        return torch.tensor([float(self.at_most), 0.0, 0.0, 0.0, 0.0])
 
-    def follow(self, state: Tensor, x: Tensor, real: Tensor, fake: Tensor) -> float:
-        """Update the state in place from one student step; the lag."""
+    def updates(self, state: Tensor) -> int:
+        """How many the critic gets now: the whole part of the number, its fraction being carried over."""
+        return max(1, int(state[0] + state[1]))
+
+    def follow(self, state: Tensor, x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+        """Update the state in place from one student step; the lag, a scalar.
+
+        Args:
+            x: (batch, ...) the student's samples; real, fake: what teacher and critic make of them, noised.
+        """
+        state[1] = (state[0] + state[1]) % 1.0
         gap = fake - real
-        now = torch.stack([((x - fake) * gap).mean(), gap.square().mean()]).to(state)
-        first = bool((state[1:] == 0).all())
-        state[1:] = now if first else self.memory * state[1:] + (1 - self.memory) * now
-        lag = float(state[1].abs() / state[2].clamp_min(1e-20)) if float(state[2]) > 0 else float("inf")
-        state[0] = (state[0] + (1 if lag > self.lag else -1)).clamp(1, self.at_most)
+        each = ((x - fake) * gap).flatten(1).mean(1)
+        now = torch.stack([each.mean(), gap.square().mean(), each.var() / len(each)]).to(state)
+        means = state[2:]
+        means.copy_(torch.where(means.any(), torch.lerp(now, means, self.memory), now))
+        noise = means[2] * (1 - self.memory) / (1 + self.memory)  # variance of a running mean
+        lag = (means[0].square() - noise).clamp_min(0).sqrt() / means[1].clamp_min(1e-20)
+        state[0] = (state[0] * (lag / self.lag).clamp(0.25, 4) ** self.gain).clamp(1, self.at_most)
         return lag
 
 

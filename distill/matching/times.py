@@ -4,6 +4,7 @@
     score_times: {law: logit_normal, mean: 0.0, std: 1.0}               (Esser et al. 2024, SD3)
     score_times: {law: log_sigma, mean: -1.2, std: 1.2}                 (Karras et al. 2022, EDM; Diff-Instruct)
     score_times: {low: 0.02, high: 0.98, end: [0.02, 0.5]}              uniform, narrowed linearly until the end of training
+    score_times: {low: 0.02, high: 0.98, scope: {against: teacher}}     narrowed for samples that are near their goal (InstaRevive)
 """
 
 from __future__ import annotations
@@ -21,6 +22,30 @@ UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Range = tuple[UnitInterval, UnitInterval]
 
 
+class Scope(BaseModel):
+    """A sample's own upper bound of t, from how far it is from its goal (InstaRevive: Zhu et al. 2025; the paper's loss is not public,
+    this form is the guide's):
+
+        t ≤ low + (high − low) min(d / d_ref, 1),        d the root mean square of x − goal, d_ref a running quantile of it.
+
+    A sample that is nearly right is moved most wrongly by what high noise says of it.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    #: the goal: what the teacher makes of the sample in the middle of the interval (one more pass), or the data's sample for its condition
+    against: Literal["teacher", "data"] = "teacher"
+    quantile: Annotated[float, Field(gt=0, le=1)] = 0.9
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.99  #: decay of the running quantile
+
+    def below(self, interval: Range, distance: Tensor, reference: Tensor) -> Tensor:
+        """(batch,) upper bounds of t for (batch,) distances; the running quantile ``reference`` (0 at first) is updated in place."""
+        now = torch.quantile(distance.detach().float(), self.quantile).to(reference)
+        reference.copy_(torch.where(reference == 0, now, torch.lerp(now, reference, self.memory)))
+        low, high = interval
+        return low + (high - low) * (distance.double() / reference.double().clamp_min(1e-12)).clamp_max(1)
+
+
 class Times(BaseModel):
     """A law of t on an interval."""
 
@@ -32,6 +57,7 @@ class Times(BaseModel):
     mean: float = 0.0  #: of logit t, or of log(sigma/alpha)
     std: Annotated[float, Field(gt=0)] = 1.0
     end: Range | None = None  #: the interval at the end of training; it moves there linearly
+    scope: Scope | None = None  #: of the score difference: narrower for samples that are near their goal
 
     @model_validator(mode="after")
     def _ordered(self) -> Times:

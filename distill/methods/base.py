@@ -60,8 +60,10 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: str
-    #: roles with weights of their own, beside the teacher: "student", and of "critic", "target"
+    #: roles with weights of their own, beside the teacher: "student", and of "critic", "winner", "target"
     roles: ClassVar[Sequence[str]] = ("student",)
+    #: those of them that keep the teacher's architecture where the student's is another
+    like_teacher: ClassVar[Sequence[str]] = ("critic", "winner")
 
     def needs_images(self) -> bool:
         """Whether ``Batch.x0`` is used."""
@@ -70,6 +72,10 @@ class Method(BaseModel):
     def needs_pairs(self) -> PairsWanted | None:
         """Which samples of the teacher ``Batch.pairs`` is drawn from; None for none."""
         return None
+
+    def extra_inputs(self) -> list[Any]:
+        """Prompts or classes beside the data's, whose conditions the method reads from ``Roles.extra``, in this order."""
+        return []
 
     def needs_decoder(self) -> bool:
         """Whether ``Roles.decode`` is used."""
@@ -84,11 +90,15 @@ class Method(BaseModel):
         return 0
 
     def target_decay(self, progress: float) -> float:
-        """EMA decay of the target role after each student update; 0: the student's own weights."""
+        """EMA decay of the target role after each student update; 0: the student's own weights; 1: the method itself sets it."""
         return 0.0
 
     def initial_state(self) -> dict[str, Tensor]:
         """Running statistics, changed in place by ``step`` through ``roles.state`` and checkpointed by the trainer."""
+        return {}
+
+    def state_of(self, roles: Roles) -> dict[str, Tensor]:
+        """The same for what depends on the networks: weights that the method keeps. Equal on every process."""
         return {}
 
     def sampler(self) -> Sampler:

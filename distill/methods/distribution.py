@@ -22,7 +22,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Prediction
+from distill.denoiser import Condition, Denoiser, Prediction
 from distill.guidance import Guided
 from distill.losses.divergence import RatioNormalizer, find_weight, known_divergence
 from distill.losses.metrics import batch_mean_abs
@@ -31,7 +31,7 @@ from distill.matching.critic import Adaptive, CriticTarget, denoising_loss, publ
 from distill.matching.objectives import LIVE, Objective, expanded_loss, injected, shaped, sid_loss, sim_loss
 from distill.matching.rollout import Rollout, Sample, roll_out
 from distill.matching.terms import AnyTerm, Context
-from distill.matching.times import Range, TimeLaw, UnitInterval, draw_times
+from distill.matching.times import Range, Scope, TimeLaw, Times, UnitInterval, draw_times
 from distill.methods.base import Batch, Method, PairsWanted, Update
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
@@ -78,7 +78,7 @@ class DistributionMatching(Method):
     critic_guidance_scale: Scale | Literal["same"] = 1.0  #: of the critic in the score difference; "same": the teacher's (VSD)
 
     # the critic
-    critic_steps: Annotated[int, Field(ge=1)] | Adaptive = 5  #: critic updates per student update, or by need: {lag: 0.25, at_most: 10}
+    critic_steps: Annotated[int, Field(ge=1)] | Adaptive = 5  #: critic updates per student update, or by need: {lag: 0.5, at_most: 10}
     critic_times: TimeLaw = (0.001, 1.0)  #: t of denoising score matching
     critic_target: CriticTarget = "exact"  #: of samples at a noise level s > 0
     critic_null: UnitInterval = 0.0  #: share of its samples that it learns without their condition; a guided critic needs some
@@ -128,6 +128,8 @@ class DistributionMatching(Method):
             raise ValueError("a guided critic must learn samples without their condition too: set critic_null to 0.1 or so")
         if self.critic_guidance_scale == "same" and self.guidance_scale == 1.0:
             raise ValueError("critic_guidance_scale same, and the teacher is not guided: set guidance_scale")
+        if _scope(self.critic_times) is not None or (self.gan is not None and _scope(self.gan.times) is not None):
+            raise ValueError("scope is for score_times: the critic and the discriminator must know every level that they are asked at")
         return self
 
     # -- what it needs ------------------------------------------------------------------------------------------------
@@ -147,7 +149,8 @@ class DistributionMatching(Method):
 
     @property
     def _looks_at_real(self) -> bool:
-        own = self.gan is not None and self.gan.real == "data"
+        scope = _scope(self.score_times)
+        own = (self.gan is not None and self.gan.real == "data") or (scope is not None and scope.against == "data")
         return own or self.rollout == "data" or any(term.needs_images for term in self.terms)
 
     def needs_images(self) -> bool:
@@ -168,6 +171,7 @@ class DistributionMatching(Method):
 
     def initial_state(self) -> dict[str, Tensor]:
         state = {"ratio_means": self._normalizer.initial_state()} if self.needs_ratio else {}
+        state |= {"scope": torch.zeros(())} if _scope(self.score_times) is not None else {}
         return state | ({"critic_need": self.critic_steps.initial_state()} if isinstance(self.critic_steps, Adaptive) else {})
 
     def sampler(self) -> Sampler:
@@ -236,7 +240,7 @@ class DistributionMatching(Method):
         noise = torch.randn_like(x)
         with nullcontext() if live else torch.no_grad():
             x_t = roles.schedule.add_noise(x, noise, t) if s is None else roles.schedule.renoise(x, noise, s, t)
-            real, fake = self._predictions(roles, x_t, t, batch.condition)
+            real, fake = self._predictions(roles, x_t, t, batch)
         with torch.no_grad():
             weight = self._weight(roles, x0, t, s, real, fake)
             logs: dict[str, Tensor | float] = {"score_gap": (weight * (fake.x0 - real.x0)).abs().mean()}
@@ -261,26 +265,43 @@ class DistributionMatching(Method):
         return start + (end - start) * progress
 
     def _draw(self, law: TimeLaw, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
-        return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s)
+        below = self._below(law, roles, batch, sample) if isinstance(law, Times) and law.scope is not None else None
+        return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s, below=below)
 
-    def _predictions(self, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Prediction, Prediction]:
+    @torch.no_grad()
+    def _below(self, law: Times, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
+        """Each sample's own upper bound of t."""
+        assert law.scope is not None
+        interval, x, goal = law.interval(batch.progress), sample.x0, batch.x0
+        if law.scope.against == "teacher":
+            t = torch.full((len(x),), sum(interval) / 2, dtype=torch.float64, device=x.device)
+            goal = roles.teacher(roles.schedule.add_noise(x, torch.randn_like(x), t), t, batch.condition.without_guidance())
+        assert goal is not None
+        return law.scope.below(interval, (x - goal).flatten(1).square().mean(1).sqrt(), roles.state["scope"])
+
+    def _reference(self, roles: Roles, batch: Batch) -> tuple[Denoiser, Condition]:
+        """Whom the student is compared with, and what that one is told: the teacher, the same as the student."""
+        return roles.teacher, batch.condition
+
+    def _predictions(self, roles: Roles, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Prediction, Prediction]:
         """The guided teacher's and the critic's predictions, with the features that the density ratio is read from."""
         assert roles.critic is not None
+        (reference, asked), condition = self._reference(roles, batch), batch.condition
         on_backbone = self.needs_ratio and self.gan is not None and self.gan.on_backbone
         wanted = tuple(self.gan.layers) if on_backbone and self.gan is not None else ()
         of_teacher = wanted if self.gan is not None and self.gan.features == "teacher" else ()
         scale = self.guidance_scale
         if isinstance(scale, tuple):
             w = torch.rand(len(x_t), device=x_t.device) * (scale[1] - scale[0]) + scale[0]
-            condition, scale = condition.with_guidance(w), 1.0
+            asked, condition, scale = asked.with_guidance(w), condition.with_guidance(w), 1.0
         own = scale if self.critic_guidance_scale == "same" else self.critic_guidance_scale
         told = condition if self.critic_guidance_scale == "same" else condition.without_guidance()
-        teacher, critic = Guided(roles.teacher, scale), Guided(roles.critic, own)
-        if roles.together is not None and not wanted and self.objective not in LIVE:
-            both = roles.together.guided([(None, teacher, condition), ("critic", critic, told)], x_t, t)
+        teacher, critic = Guided(reference, scale), Guided(roles.critic, own)
+        if roles.together is not None and not wanted and self.objective not in LIVE and reference is roles.teacher:
+            both = roles.together.guided([(None, teacher, asked), ("critic", critic, told)], x_t, t)
             if both is not None:
                 return both[0], both[1]
-        return teacher.predict(x_t, t, condition, of_teacher), critic.predict(x_t, t, told, () if of_teacher else wanted)
+        return teacher.predict(x_t, t, asked, of_teacher), critic.predict(x_t, t, told, () if of_teacher else wanted)
 
     def _weight(self, roles: Roles, x0: Tensor, t: Tensor, s: Tensor | None, real: Prediction, fake: Prediction) -> Tensor:
         """w(t), shaped to multiply x; without h(r)."""
@@ -328,7 +349,7 @@ class DistributionMatching(Method):
 
     def _critic_updates(self, roles: Roles) -> int:
         if isinstance(self.critic_steps, Adaptive):
-            return int(roles.state["critic_need"][0])
+            return self.critic_steps.updates(roles.state["critic_need"])
         return self.critic_steps if self.has_critic or self.gan is not None else 0
 
     def _critic_update(self, roles: Roles, batch: Batch, sample: Sample) -> Iterator[Update]:
@@ -362,3 +383,7 @@ class DistributionMatching(Method):
     @property
     def _mean_guidance(self) -> float:
         return sum(self.guidance_scale) / 2 if isinstance(self.guidance_scale, tuple) else self.guidance_scale
+
+
+def _scope(law: TimeLaw) -> Scope | None:
+    return law.scope if isinstance(law, Times) else None

@@ -91,8 +91,8 @@ def train(
                 optimizers[name].zero_grad(set_to_none=True)
             if "student" in names:
                 move_average(kept, student, average)
-                if roles.target is not None:
-                    move_average(roles.target.parameters(), student, method.target_decay(step / steps))
+                if roles.target is not None and (weight := method.target_decay(step / steps)) < 1:
+                    move_average(roles.target.parameters(), student, weight)
     return kept
 
 

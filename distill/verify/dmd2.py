@@ -14,6 +14,7 @@ from distill.denoiser import Condition, Prediction
 from distill.losses.adversarial import Discriminator
 from distill.losses.divergence import DIVERGENCES, GENERATORS, Divergence
 from distill.matching.adversary import GAN
+from distill.matching.critic import Adaptive
 from distill.methods.base import Batch
 from distill.methods.dmd2 import DMD2
 from distill.roles import Roles
@@ -35,6 +36,7 @@ def checks(divergences: Sequence[str] | None = None) -> Iterator[Check]:
         yield from schedule_checks()
     yield from optimum_checks(wanted)
     if divergences is None:
+        yield from lag_checks()
         yield from two_time_scale_checks()
         yield from mixture_checks()
 
@@ -200,7 +202,7 @@ def opposite_pairs(x: Tensor) -> Tensor:
     return torch.cat([half, -half.flip(0)])
 
 
-def overshoot(critic_steps: int, rate: float = 0.05, steps: int = 400) -> float:
+def overshoot(critic_steps: int | Adaptive, rate: float = 0.05, steps: int = 400, batch: int = 64) -> float:
     """How far a student's mean swings past the teacher's: student at 1, teacher at 0, critic rate per update equal to the
     student's. Plain gradient descent on what ``DMD2.step`` yields, rescaled so that its linear dynamics are
 
@@ -210,14 +212,14 @@ def overshoot(critic_steps: int, rate: float = 0.05, steps: int = 400) -> float:
     t = 0.5  # alpha² = sigma² = 1/2: all laws have unit variance at every level
     method = DMD2(weighting="exact", score_times=(t, t), critic_times=(t, t), critic_steps=critic_steps)
     student, critic = AffineGenerator(schedule, (1.0,), (1.0,)), MeanCritic(schedule, (1.0,), (1.0,))
-    roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic)
+    roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic, state=method.initial_state())
     # D_F − D_T = sigma² c and the weight alpha²/sigma²: the student's gradient is alpha² c. The critic's loss has gradient
     # 2 sigma⁴ (c − m): its prediction moves by sigma² per unit of c.
     scale = {"student": rate / 0.5, "critic": rate / (2 * 0.25)}
     lowest = 1.0
     with replaced(torch, "randn_like", opposite_pairs):
         for _ in range(steps):
-            noise = opposite_pairs(torch.empty(64, 1, dtype=torch.float64))
+            noise = opposite_pairs(torch.empty(batch, 1, dtype=torch.float64))
             for role, loss, _ in method.step(roles, Batch(noise, Condition())):
                 mean = roles.parameters(str(role))[0]
                 (gradient,) = torch.autograd.grad(loss, mean)
@@ -234,7 +236,41 @@ def two_time_scale_checks() -> Iterator[Check]:
     yield between("dmd2", "overshoot with 1 critic update (linear recursion: 0.2875)", once, 0.285, 0.290)
     yield between("dmd2", "overshoot with 2 critic updates (linear recursion: 0.0615)", overshoot(2), 0.060, 0.063)
     yield at_most("dmd2", "overshoot with 4 critic updates", overshoot(4), 1e-3)
+    for lag in (0.25, 0.5):
+        yield at_most("dmd2", f"overshoot with critic updates by need, lag {lag:g}", overshoot(Adaptive(lag=lag), batch=16384), 5e-3)
+    yield at_most("dmd2", "ablation: by need, and at most 2", overshoot(Adaptive(at_most=2), batch=16384), 5e-3, must_fail=True)
     yield at_most("dmd2", "ablation: overshoot on one time scale", once, 1e-3, must_fail=True)
+
+
+class HalfWay(ExactCritic):
+    """A share of the way from the teacher's denoiser to the student's own."""
+
+    def __init__(self, generator: AffineGenerator, teacher: GaussianMixture, share: float) -> None:
+        super().__init__(generator)
+        self.teacher, self.share = teacher, share
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
+        own, theirs = super().predict(x_t, t).x0, self.teacher.predict(x_t, t).x0
+        return Prediction(theirs + self.share * (own - theirs), "x0", x_t, t, self.schedule)
+
+
+def measured_lag(share: float, samples: int = 200_000) -> float:
+    """The critic's lag as ``DMD2.step`` measures it in one step."""
+    torch.manual_seed(0)
+    schedule = CosineVP()
+    generator, teacher = AffineGenerator(schedule, (1.0,), (0.8,)), gaussian(schedule, (0.0,), (1.0,))
+    method = DMD2(critic_steps=Adaptive(), score_times=(0.2, 0.8))
+    roles = Roles(teacher, generator, HalfWay(generator, teacher, share), state=method.initial_state())
+    _, _, logs = next(iter(method.step(roles, Batch(torch.randn(samples, 1, dtype=torch.float64), Condition()))))
+    return float(logs["critic_lag"])
+
+
+def lag_checks() -> Iterator[Check]:
+    """The lag's estimator: a critic that is a share c of the way has lag (1 − c)/c."""
+    for share, lag in ((0.5, 1.0), (0.8, 0.25), (1.25, 0.2)):
+        yield between("dmd2", f"lag of a critic that has come {share:g} of the way (closed form {lag:g})", measured_lag(share), lag - 0.03, lag + 0.03)
+    yield at_most("dmd2", "lag of a critic that is there", measured_lag(1.0), 0.01)
+    yield at_most("dmd2", "the same from a batch of 64: its noise is no lag", measured_lag(1.0, 64), 0.25)
 
 
 # -- a whole training ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.config import Data
 from distill.data.cache import default_folder
 from distill.data.digits import load_digits
+from distill.data.emoji import SHAPE, balance, load_emoji, load_emoji_rows
 from distill.data.encoded import encode_conditions, encode_images
 from distill.data.images import list_folder
 from distill.data.prompts import read_prompts
@@ -29,10 +30,13 @@ class TrainingData:
     Args:
         x0: (N, ...) real samples in the teacher's space, or None.
         inputs: one prompt, class label or None per sample; without x0, the pool that is drawn from.
+        weights: (N,) how often each is drawn, with replacement; without them each is drawn once an epoch.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int, cache_folder: Path | None = None) -> None:
-        self.x0, self.inputs, self.seed = x0, list(inputs), seed
+    def __init__(
+        self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int, cache_folder: Path | None = None, weights: Tensor | None = None
+    ) -> None:
+        self.x0, self.inputs, self.seed, self._weights = x0, list(inputs), seed, weights
         unique = list(dict.fromkeys(self.inputs))
         position = {value: i for i, value in enumerate(unique)}
         self._index = torch.tensor([position[value] for value in self.inputs])
@@ -43,16 +47,18 @@ class TrainingData:
         return len(self.inputs)
 
     def batch(self, index: int, size: int) -> tuple[Tensor | None, Condition]:
-        """The ``index``-th batch: (x0 or None, condition). Every sample is seen once per epoch, in an order of its own."""
+        """The ``index``-th batch: (x0 or None, condition). The order is another in every epoch."""
         positions = torch.arange(index * size, (index + 1) * size)
-        chosen = torch.stack([self._permutation(int(p) // len(self))[int(p) % len(self)] for p in positions])
+        chosen = torch.stack([self._order(int(p) // len(self))[int(p) % len(self)] for p in positions])
         x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
         return x0, self._conditions.take(self._index[chosen]).to(self._device)
 
-    def _permutation(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int) -> Tensor:
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch = (epoch, torch.randperm(len(self), generator=generator))
+            count = len(self)
+            drawn = torch.randperm(count, generator=generator) if self._weights is None else torch.multinomial(self._weights, count, True, generator=generator)
+            self._epoch = (epoch, drawn)
         return self._epoch[1]
 
     def examples(self, count: int) -> list[Any]:
@@ -73,6 +79,12 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
         images, labels = load_digits(section.split)
         inputs: list[Any] = labels.tolist() if teacher.input_name == "class_labels" else [None] * len(images)
         return TrainingData(teacher, images.to(teacher.device), inputs, seed)
+    if section.source == "emoji":
+        if teacher.sample_shape != SHAPE or teacher.input_name != "prompt":
+            raise UserError("data.source emoji has latents and captions for assets/emoji-teacher: use that teacher, or source images or prompts")
+        latents, captions = load_emoji(section.split)
+        weights = balance(load_emoji_rows(section.split))
+        return TrainingData(teacher, latents.to(teacher.device), captions, seed, folder, weights)
     if section.source == "images":
         assert section.path is not None
         paths, inputs = list_folder(section.path.expanduser(), teacher.input_name, teacher.classes)

@@ -142,7 +142,7 @@ def _export_all(config: Config, student: Student, folder: Path, rows: list[dict[
 def _measure(config: Config, folder: Path, device: str) -> list[dict[str, Any]]:
     """Rows for the teacher and for the exported student (what is measured is what ships) at each number of steps."""
     section, teacher = config.evaluate, config.teacher
-    prompts = read_prompts(section.prompts) if section.prompts else None
+    prompts = read_prompts(find(section.prompts)) if section.prompts else None
     options: dict[str, Any] = {"device": device, "trust_remote_code": teacher.trust_remote_code, "dtype": DTYPES[teacher.dtype]}
     original = load_pipeline(teacher.pipeline, revision=teacher.revision, variant=teacher.variant, **options)
     distilled = exporting.load_export(folder / "student", **options)
@@ -316,7 +316,7 @@ def evaluate(options: argparse.Namespace) -> int:
         check_metric(name)
     if options.out is not None:
         _check_output(options.out, False)
-    prompts = read_prompts(options.prompts) if options.prompts else None
+    prompts = read_prompts(find(options.prompts)) if options.prompts else None
     entries = []
     for name in options.paths:
         pipeline, steps, guidance = open_pipeline(name, device, options.trust_remote_code)

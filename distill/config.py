@@ -79,7 +79,7 @@ class Critic(Section):
 class Data(Section):
     """What training sees."""
 
-    source: Literal["digits", "images", "prompts", "none"] = "none"
+    source: Literal["digits", "emoji", "images", "prompts", "none"] = "none"
     path: Path | None = None  #: of images (a folder) or prompts (a text or JSONL file)
     split: Literal["train", "all"] = "train"
     cache: bool = True  #: keep encoded prompts and latents on disk, for the next run

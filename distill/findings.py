@@ -118,7 +118,7 @@ def _unguided(runner: Runner, override: Override, off: dict[str, float]) -> Find
     other = runner.run([LONGER_PROMPT], off, **settings) if runner.input_name == "prompt" and isinstance(runner.placeholder, str) else None
     if two is not None and _multiplies(one.first_calls(network)[-1], two.first_calls(network)[-1]):
         two = None
-    if other is not None:
+    if other is not None and not any(p.is_meta for p in backbone.parameters()):  # a plan's encoders answer alike
         _check_told(network, one, other)
     try:
         understood, two = _understand(backbone, network, one, two, other, override)
@@ -145,8 +145,8 @@ def _check_told(network: str, one: Recording, other: Recording) -> None:
     Raises:
         NotUnderstood: if its calls for two prompts are the same: the unconditional one of two networks, for instance.
     """
-    calls = [r.first_calls(network)[-1] for r in (one, other)]
-    if same(*(flatten(c.arguments) for c in calls)):
+    calls = [flatten(r.first_calls(network)[-1].arguments) for r in (one, other)]
+    if same(*calls):
         raise NotUnderstood(f"the calls of {network} do not depend on the prompt: name the network that is told of it", "network")
 
 

@@ -263,7 +263,7 @@ class Teacher:
     def spare_timesteps(self) -> int:
         """How many of its scheduler's timesteps the pipeline leaves out at the end (Würstchen's: its scheduler lists one more)."""
         found = self._found
-        made = self._runner.run([self.placeholder()], found.off, answers=found.answers, lenient=True).steps_of(found.network)
+        made = self._dry([self.placeholder()], found.off, lenient=True).steps_of(found.network)
         visited, listed = [float(s.timestep.reshape(-1)[0]) for s in made], [float(t) for t in made[-1].scheduler.timesteps]
         return len(listed) - len(visited) if visited == listed[: len(visited)] else 0
 

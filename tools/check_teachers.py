@@ -1,7 +1,7 @@
 """Check the universal teacher against tiny instances of every pipeline class of the installed diffusers release.
 
     python tools/check_teachers.py                    all of them; writes assets/teachers.json and docs/teachers.md
-    python tools/check_teachers.py FluxPipeline …     these only; prints, writes nothing
+    python tools/check_teachers.py FluxPipeline …     these only; prints, writes nothing (with --update: their rows)
 
 For each: probing, replaying the recorded calls, reproducing the pipeline's own sample with its own scheduler (with and
 without guidance), and for text-to-image and class-to-image one DMD2 and one consistency step on adapters and the export.
@@ -40,6 +40,7 @@ from distill.roles import build_roles  # noqa: E402
 from distill.student import Student  # noqa: E402
 from distill.teacher import Teacher  # noqa: E402
 
+TABLE = ROOT / "assets" / "teachers.json"
 TOLERANCE = 1e-4  #: of samples, over their largest value
 GUIDANCE = 3.0
 TRAINED = ("text-to-image", "class-to-image")
@@ -157,6 +158,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("names", nargs="*", help="pipeline classes; all if none is given")
+    parser.add_argument("--update", action="store_true", help="write the rows of the named classes, keep all others")
     parser.add_argument("--debug", action="store_true", help="print tracebacks")
     options = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG if options.debug else logging.CRITICAL, format="%(message)s")
@@ -172,9 +174,12 @@ def main() -> None:
         if options.names or row["result"] == "no":
             print(json.dumps(row))
     print(f"{sum(r['result'] != 'no' for r in rows)} of {len(rows)} work")
-    if not options.names:
+    if options.update and options.names:
+        kept = {row["name"]: row for row in json.loads(TABLE.read_text(encoding="utf-8"))["pipelines"]}
+        rows = sorted({**kept, **{row["name"]: row for row in rows}}.values(), key=lambda row: row["name"])
+    if not options.names or options.update:
         facts = {"diffusers": diffusers.__version__, "torch": torch.__version__, "pipelines": rows}
-        (ROOT / "assets" / "teachers.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        TABLE.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         (ROOT / "docs" / "teachers.md").write_text(markdown(rows), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from distill.config import Data
 from distill.data.cache import default_folder
 from distill.data.digits import load_digits
+from distill.data.emoji import SHAPE, balance, load_emoji, load_emoji_rows
 from distill.data.encoded import encode_conditions, encode_images
 from distill.data.images import list_folder
 from distill.data.prompts import read_prompts
@@ -33,21 +34,25 @@ class Drawn(NamedTuple):
 
 
 class Order:
-    """Which of ``count`` entries come when: each once per epoch, in an order of the epoch's own."""
+    """Which of ``count`` entries come when: each once per epoch, in an order of the epoch's own; or, with weights (count,), drawn
+    with replacement in proportion to them."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, weights: Tensor | None = None) -> None:
+        self.count, self.seed, self.weights = count, seed, weights
         self._epoch: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def batch(self, index: int, size: int) -> Tensor:
         """(size,) the entries of the ``index``-th batch."""
         positions = range(index * size, (index + 1) * size)
-        return torch.stack([self._permutation(p // self.count)[p % self.count] for p in positions])
+        return torch.stack([self._drawn(p // self.count)[p % self.count] for p in positions])
 
-    def _permutation(self, epoch: int) -> Tensor:
+    def _drawn(self, epoch: int) -> Tensor:
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch = (epoch, torch.randperm(self.count, generator=generator))
+            if self.weights is None:
+                self._epoch = (epoch, torch.randperm(self.count, generator=generator))
+            else:
+                self._epoch = (epoch, torch.multinomial(self.weights, self.count, True, generator=generator))
         return self._epoch[1]
 
 
@@ -57,21 +62,24 @@ class TrainingData:
     Args:
         x0: (N, ...) real samples in the teacher's space, or None.
         inputs: one prompt, class label or None per sample; without x0, the pool that is drawn from.
+        weights: (N,) how often each is drawn, with replacement; without them each is drawn once an epoch.
     """
 
-    def __init__(self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int, cache_folder: Path | None = None) -> None:
+    def __init__(
+        self, teacher: Teacher, x0: Tensor | None, inputs: Sequence[Any], seed: int, cache_folder: Path | None = None, weights: Tensor | None = None
+    ) -> None:
         self.x0, self.inputs, self.seed = x0, list(inputs), seed
         unique = list(dict.fromkeys(self.inputs))
         position = {value: i for i, value in enumerate(unique)}
         self._index = torch.tensor([position[value] for value in self.inputs])
         self._conditions, self._device = encode_conditions(teacher, unique, cache_folder), teacher.device
-        self._order = Order(len(self.inputs), seed)
+        self._order = Order(len(self.inputs), seed, weights)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def batch(self, index: int, size: int) -> Drawn:
-        """The ``index``-th batch. Every sample is seen once per epoch, in an order of its own."""
+        """The ``index``-th batch. The order is another in every epoch."""
         chosen = self._order.batch(index, size)
         x0 = None if self.x0 is None else self.x0[chosen.to(self.x0.device)]
         return self.told(chosen)._replace(x0=x0)
@@ -99,6 +107,12 @@ def load_data(section: Data, teacher: Teacher, needs_images: bool, seed: int = 0
         images, labels = load_digits(section.split)
         inputs: list[Any] = labels.tolist() if teacher.input_name == "class_labels" else [None] * len(images)
         return TrainingData(teacher, images.to(teacher.device), inputs, seed)
+    if section.source == "emoji":
+        if teacher.sample_shape != SHAPE or teacher.input_name != "prompt":
+            raise UserError("data.source emoji has latents and captions for assets/emoji-teacher: use that teacher, or source images or prompts")
+        latents, captions = load_emoji(section.split)
+        weights = balance(load_emoji_rows(section.split))
+        return TrainingData(teacher, latents.to(teacher.device), captions, seed, folder, weights)
     if section.source == "images":
         assert section.path is not None
         paths, inputs = list_folder(section.path.expanduser(), teacher.input_name, teacher.classes)

@@ -4,6 +4,7 @@
     kid         kernel distance in the same features           accuracy    share of images classified as asked for
     accuracy-by-class  the same for each class
     precision, recall, density, coverage                       in the same features
+    fd-emoji    Fréchet distance in the emoji features         emoji-clip  cosine of image and caption in the emoji network
     fid         clean-fid's FID against a folder of images     clip-score  cosine of OpenCLIP's image and text embeddings
 """
 
@@ -25,6 +26,7 @@ from distill.data.digits import load_digits
 from distill.data.images import SUFFIXES
 from distill.errors import UserError
 from distill.evaluate import digits
+from distill.evaluate.emoji import emoji_clip, fd_emoji
 from distill.evaluate.frechet import density_coverage, frechet_distance, kernel_distance, precision_recall
 from distill.evaluate.generate import Images
 from distill.imports import import_object
@@ -174,6 +176,7 @@ def clip_score(images: Images, context: Context) -> Numbers:
 METRICS: dict[str, Metric] = {
     "fd-digits": fd_digits, "kid": kid, "kid-digits": kid, "accuracy": accuracy, "accuracy-by-class": accuracy_by_class,
     "precision": precision, "recall": recall, "density": density, "coverage": coverage, "fid": fid, "clip-score": clip_score,
+    "fd-emoji": fd_emoji, "emoji-clip": emoji_clip,
 }
 
 
@@ -206,6 +209,9 @@ def check_fit(name: str, pipeline: Any, context: Context) -> None:
     elif name == "clip-score":
         if conditioned_on(pipeline) != "prompt":
             raise UserError("clip-score compares images with their prompts, and this pipeline takes no prompts")
+    elif name in ("fd-emoji", "emoji-clip"):
+        if conditioned_on(pipeline) != "prompt":
+            raise UserError(f"{name} measures emoji made from prompts, and this pipeline takes no prompts")
     elif name in METRICS:  # the digits metrics
         config = getattr(getattr(pipeline, "unet", None), "config", {})
         size = config.get("sample_size", 8)

@@ -62,7 +62,7 @@ def evaluate(
         if len(entries) > 1 and rows:
             row["speedup"] = round(row["images_per_second"] / rows[0]["images_per_second"], 2)
         rows.append(row)
-        if samples < 2000 and any(name in ("fd-digits", "fid") for name in metrics):
+        if samples < 2000 and any(name in ("fd-digits", "fd-emoji", "fid") for name in metrics):
             print(f"distill: {samples} samples bias a Fréchet distance upwards; compare only equal counts", file=sys.stderr)
     return rows
 

@@ -57,7 +57,7 @@ def test_the_resolved_recipe_reproduces_the_run(tmp_path: Path) -> None:
         (5, ("critic_steps: 2", "critic_steps: many"), "method.critic_steps: input should be a valid integer, not 'many'"),
         (5, ("critic_steps: 2", "critic_steps: true"), "method.critic_steps: input should be a valid integer, not True"),
         (5, ("critic_steps: 2", "critic_steps: 0"), "greater than or equal to 1, not 0"),
-        (4, ("name: dmd2", "name: dmd3"), "method.name: there is no method 'dmd3'; did you mean 'dmd2'?"),
+        (4, ("name: dmd2", "name: dmd22"), "method.name: there is no method 'dmd22'; did you mean 'dmd2'?"),
         (7, ("lr: 1e-4", "lr: -1"), "optimizers.student.lr"),
         (7, ("lr: 1e-4", "lr: 1e-4, momentum: 1"), "optimizers.student.momentum: unknown key"),
         (2, ("pipeline:", "pipelin:"), "teacher.pipelin"),

@@ -77,7 +77,7 @@ def train(*overrides: str, text: str = RECIPE) -> list[str]:
         ("evaluate.metrics=[fd-digit]", "did you mean 'fd-digits'"),
         ("method.gan.layers=[no_block]", "no such module"),
         ("method.divergence=forward_lk", "'forward_kl'"),
-        ("method.name=dmd3", "did you mean 'dmd2'"),
+        ("method.name=dmd22", "did you mean 'dmd2'"),
         ("teacher.pipeline=recipe.yaml", "is a file"),
         ("optimizers.student.lr=0", "greater than 0, not 0"),
     ],
@@ -179,7 +179,7 @@ def test_runs_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, "there is no method 'dmd'", "verify", "dmd")
+    refused(capsys, "there is no method 'dmd22'", "verify", "dmd22")
     refused(capsys, "there is no divergence 'kl'", "verify", "dmd2", "--divergence", "kl")
     refused(capsys, "there is no method 'x'", "methods", "x")
     refused(capsys, "invalid choice", "frobnicate")

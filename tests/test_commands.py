@@ -27,7 +27,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small(recipe: str) -> list[str]:
     """A shipped recipe cut down to seconds."""
-    sets = ["trainer.steps=4", "trainer.batch_size=8", "trainer.log_every=1", "trainer.sample_every=2", "trainer.checkpoint_every=2"]
+    sets = ["trainer.steps=4", "trainer.batch_size=24", "trainer.log_every=1", "trainer.sample_every=2", "trainer.checkpoint_every=2"]
     sets += ["evaluate.samples=60", "teacher.steps=4"]
     return ["train", recipe, *(a for s in sets for a in ("--set", s)), "--set", "trainer.device=cpu"]
 

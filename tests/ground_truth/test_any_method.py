@@ -78,7 +78,7 @@ def test_methods_by_import_path() -> None:
     with pytest.raises(UserError, match="strength"):
         list(checks(f"{__name__}:Demanding"))
     with pytest.raises(UserError, match="did you mean 'dmd2'"):
-        list(checks("dmd"))
+        list(checks("dmd22"))
     with pytest.raises(UserError, match="no divergence 'kl'"):
         list(checks("dmd2", ["kl"]))
     with pytest.raises(UserError, match="setting of dmd2"):

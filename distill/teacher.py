@@ -331,10 +331,8 @@ class Teacher:
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Samples → images (batch, channels, height, width) in [0, 1]."""
-        x0 = x0 * self.denoiser.schedule.data_scale
         with self._runner.awake():
-            decoded = self.autoencoder.decode(x0) if self.autoencoder is not None else x0
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+            return self.decode_with_gradient(x0).clamp(0, 1)
 
     def decode_with_gradient(self, x0: Tensor) -> Tensor:
         """The same, differentiable and therefore not clamped."""

@@ -27,10 +27,17 @@ STEPS = 50
 SCALES = (1.0, 2.0, 3.0, 4.0, 7.0)
 
 
-def teacher(folder: Path) -> StableDiffusionPipeline:
+def quiet(folder: str | Path) -> StableDiffusionPipeline:
     pipeline: StableDiffusionPipeline = load_pipeline(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def of_student(entry: str, captions: list[str], seed: int) -> tuple[str, int, Images]:
+    """(name of the run, steps, samples) of a student given as FOLDER:STEPS; its guidance is folded in."""
+    folder, _, steps = entry.rpartition(":")
+    made = generate(quiet(folder), captions, steps=int(steps), guidance_scale=1.0, batch_size=64, seed=seed)
+    return Path(folder).parent.name, int(steps), made
 
 
 @torch.no_grad()
@@ -54,7 +61,7 @@ def line(name: str, images: Images) -> None:
 
 
 def numbers(arguments: argparse.Namespace) -> None:
-    pipeline = teacher(arguments.teacher)
+    pipeline = quiet(arguments.teacher)
     chosen: dict[str, list[str]] = {}
     for split in ("train", "heldout"):
         latents, texts = load_emoji(split)  # type: ignore[arg-type]
@@ -64,12 +71,9 @@ def numbers(arguments: argparse.Namespace) -> None:
         if every > 1:  # a Fréchet distance depends on the count: the same for the same number of images
             line(f"{split} latents, decoded ({len(chosen[split])})", decoded(pipeline, latents[::every], chosen[split]))
     for entry in arguments.students:
-        folder, _, steps = entry.rpartition(":")
-        student = load_pipeline(folder)
-        student.set_progress_bar_config(disable=True)
         for split, texts in chosen.items():
-            made = generate(student, texts, steps=int(steps), guidance_scale=1.0, batch_size=64, seed=arguments.seed)
-            line(f"{Path(folder).parent.name}, {steps} steps, {split} captions ({len(texts)})", made)
+            name, steps, made = of_student(entry, texts, arguments.seed)
+            line(f"{name}, {steps} steps, {split} captions ({len(texts)})", made)
     for scale in arguments.scales:
         for split, texts in chosen.items():
             made = generate(pipeline, texts, steps=STEPS, guidance_scale=scale, batch_size=64, seed=arguments.seed)
@@ -77,7 +81,7 @@ def numbers(arguments: argparse.Namespace) -> None:
 
 
 def guidance(arguments: argparse.Namespace) -> None:
-    pipeline, captions = teacher(arguments.teacher), []
+    pipeline, captions = quiet(arguments.teacher), []
     for split in ("train", "heldout"):
         every = one_of_each_base(split)
         captions += every[:: max(1, len(every) // 12)][:12]
@@ -92,14 +96,11 @@ def guidance(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     captions = one_of_each_base(arguments.split)
     captions = captions[:: max(1, len(captions) // arguments.count)][: arguments.count]
-    made = generate(teacher(arguments.teacher), captions, steps=STEPS, guidance_scale=arguments.scale, batch_size=64, seed=arguments.seed)
+    made = generate(quiet(arguments.teacher), captions, steps=STEPS, guidance_scale=arguments.scale, batch_size=64, seed=arguments.seed)
     rows = [(f"teacher: {STEPS} steps, guidance {arguments.scale:g} ({2 * STEPS} calls)", made.images)]
     for entry in arguments.students:
-        folder, _, steps = entry.rpartition(":")
-        student = load_pipeline(folder)
-        student.set_progress_bar_config(disable=True)
-        made = generate(student, captions, steps=int(steps), guidance_scale=1.0, batch_size=64, seed=arguments.seed)
-        rows.append((f"student: {steps} step{'s' if steps != '1' else ''} ({Path(folder).parent.name})", made.images))
+        name, steps, made = of_student(entry, captions, arguments.seed)
+        rows.append((f"student: {steps} step{'s' if steps != 1 else ''} ({name})", made.images))
     comparison_grid(rows, columns=16, cell=64).save(arguments.out)
     print("\n".join(captions))
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.losses.divergence import Weight
+from distill.schedule import expand_to
 
 Objective = Literal["kl", "sid", "sim", "expanded", "none"]
 LIVE: tuple[Objective, ...] = ("sid", "sim", "expanded")  #: differentiated through x_t in both networks
@@ -43,7 +44,7 @@ def sim_loss(x: Tensor, real: Tensor, fake: Tensor, weight: Tensor, c: float | N
     """SIM's. ``c`` is the pseudo-Huber distance's, of the root mean square; None: the squared norm, d'(y) = y."""
     difference = real - fake
     if c is not None:
-        size = difference.flatten(1).square().mean(1).reshape((-1,) + (1,) * (x.dim() - 1))
+        size = expand_to(difference.flatten(1).square().mean(1), x)
         difference = difference / (size + c**2).sqrt()
     return (weight * difference * (fake - x)).mean()
 
@@ -86,6 +87,6 @@ def derivatives(h: Callable[[Tensor], Tensor], r: Tensor) -> tuple[Tensor, Tenso
 
 def shaped(value: Tensor, x: Tensor) -> Tensor:
     """(batch,) → (batch, 1, …) in x's dtype: it multiplies x."""
-    return value.to(x).reshape((-1,) + (1,) * (x.dim() - 1))
+    return expand_to(value.to(x), x)
 
 

@@ -119,8 +119,3 @@ def strata(like: Tensor) -> Tensor:
     leaves every sample's law uniform and takes the noise level's share out of the gradient's variance."""
     n = len(like)
     return (torch.randperm(n, device=like.device) + torch.rand(n, dtype=torch.float64, device=like.device)) / n
-
-
-def uniform_times(like: Tensor, low: float, high: float) -> Tensor:
-    """t ~ U[low, high], (batch,), float64, stratified."""
-    return low + (high - low) * strata(like)

@@ -17,7 +17,7 @@ from distill.methods.base import Batch
 from distill.methods.distribution import DistributionMatching
 from distill.roles import Roles
 from distill.schedule import EDM
-from distill.verify.core import replaced
+from distill.verify.core import descend, replaced, student_loss
 from distill.verify.dmd2 import independent_normals
 
 SCHEDULE = EDM(sigma_min=1e-3, sigma_max=10.0)
@@ -81,14 +81,8 @@ def end_point(method: DistributionMatching, steps: int = 120, half: int = 1024, 
     generator = MirroredGenerator(SCHEDULE, (start[0],), (start[1],))
     roles = Roles(two_classes(), generator, MirroredCritic(generator))
     batch, noise = batch_of_classes(half)
-    optimizer = torch.optim.Adam(generator.parameters(), 0.04, (0.8, 0.99))
     with replaced(torch, "randn_like", lambda x: noise):
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.04 * (1 - step / steps)
-            _, loss, _ = next(iter(method.step(roles, batch)))
-            loss.backward(inputs=generator.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(generator.parameters(), lambda: student_loss(method, roles, batch), steps, 0.04)
     return float(generator.mean.detach()), float(generator.std.detach())
 
 

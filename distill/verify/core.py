@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +103,22 @@ def starting_at(student: MLPDenoiser, place: Tensor, spread: float) -> None:
     assert isinstance(last, nn.Linear)
     last.weight.mul_(spread)
     last.bias.copy_(place)
+
+
+def student_loss(method: Method, roles: Roles, batch: Batch) -> Tensor:
+    """The first loss of the method's step: its student's."""
+    return next(iter(method.step(roles, batch)))[1]
+
+
+def descend(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], steps: int, rate: float, betas: tuple[float, float] = (0.8, 0.99)) -> None:
+    """Take a few parameters, in place, where a loss leads them: Adam at a rate that falls to zero."""
+    own = list(parameters)
+    optimizer = torch.optim.Adam(own, rate, betas)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        loss().backward(inputs=own)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @contextmanager

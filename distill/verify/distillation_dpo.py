@@ -17,7 +17,7 @@ from distill.methods.base import Batch
 from distill.methods.distillation_dpo import DistillationDPO
 from distill.roles import Roles
 from distill.schedule import CosineVP, Kind
-from distill.verify.core import Check, at_most
+from distill.verify.core import Check, at_most, descend, student_loss
 
 TIME = 0.4
 LARGER = f"{__name__}:larger"
@@ -97,18 +97,13 @@ def rest(method: DistillationDPO, ranked: bool = True, steps: int = 150, batch: 
     roles = Roles(gaussian(schedule, (0.0,), (1.0,)), student, critic, winner=winner, decode=lambda x: x)
 
     def loss() -> Tensor:
-        return next(iter(method.step(roles, Batch(torch.randn(batch, 1, dtype=torch.float64), Condition()))))[1]
+        return student_loss(method, roles, Batch(torch.randn(batch, 1, dtype=torch.float64), Condition()))
 
     return descended(student, loss, steps)
 
 
 def descended(student: AffineGenerator, loss: Callable[[], Tensor], steps: int) -> tuple[float, float]:
-    optimizer = torch.optim.Adam(student.parameters(), 0.05, (0.5, 0.99))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        loss().backward(inputs=student.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
+    descend(student.parameters(), loss, steps, 0.05, (0.5, 0.99))
     return float(student.mean.detach()), float(student.std.detach().abs())
 
 

@@ -19,7 +19,7 @@ from distill.methods.base import Batch
 from distill.methods.dmd2 import DMD2
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP, Flow, NoiseSchedule
-from distill.verify.core import Check, at_most, between, relative_error, replaced, train
+from distill.verify.core import Check, at_most, between, descend, relative_error, replaced, student_loss, train
 
 # The gradient checks' noise levels, student (mean, standard deviation) and teacher: chosen so that p/q and q/p both have
 # light tails under the student, without which the estimator of one divergence or another has no useful variance.
@@ -166,14 +166,8 @@ def optimum(divergence: Divergence, sigma: float, steps: int = 200) -> tuple[flo
     roles = Roles(teacher, generator, ExactCritic(generator), discriminator=ExactRatio(teacher, generator))  # type: ignore[arg-type]
     z, noise = independent_normals(8192)
     batch = Batch(z, Condition(), z)  # real samples: none are needed, the discriminator knows the ratio
-    optimizer = torch.optim.Adam(generator.parameters(), 0.05, (0.9, 0.99))
     with replaced(torch, "randn_like", lambda x: noise):
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-            _, loss, _ = next(iter(method.step(roles, batch)))
-            loss.backward(inputs=generator.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(generator.parameters(), lambda: student_loss(method, roles, batch), steps, 0.05, (0.9, 0.99))
     return float(generator.mean.detach()), float(generator.std.detach())
 
 

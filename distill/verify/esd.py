@@ -22,7 +22,7 @@ from distill.methods.esd import ESD
 from distill.methods.vsd import VSD
 from distill.roles import Roles
 from distill.schedule import CosineVP, Kind
-from distill.verify.core import Check, at_most, replaced
+from distill.verify.core import Check, at_most, descend, replaced, student_loss
 
 POINTS = 64
 SCHEDULE = CosineVP()
@@ -78,14 +78,8 @@ def spread(method: ESD | VSD, steps: int = 100, copies: int = 16) -> float:
     labels = torch.arange(POINTS).repeat(copies)
     noise = torch.special.ndtri((torch.arange(copies, dtype=torch.float64) + 0.5) / copies).repeat_interleave(POINTS)[:, None]
     batch = Batch(noise, Condition({"class_labels": labels}, {"class_labels": torch.full_like(labels, POINTS)}))
-    optimizer = torch.optim.Adam(points.parameters(), 0.05, (0.8, 0.99))
     with replaced(torch, "randn_like", lambda x: noise):
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-            _, loss, _ = next(iter(method.step(roles, batch)))
-            loss.backward(inputs=points.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(points.parameters(), lambda: student_loss(method, roles, batch), steps, 0.05)
     return float(points.places.detach().std())
 
 

@@ -23,7 +23,7 @@ from distill.methods.sid_lsg import SiDLSG
 from distill.roles import Roles
 from distill.schedule import CosineVP, Kind
 from distill.verify.classes import largest_error
-from distill.verify.core import Check, at_most, replaced
+from distill.verify.core import Check, at_most, descend, replaced, student_loss
 from distill.verify.dmd2 import independent_normals
 
 SCHEDULE, LEVEL, SCALE = CosineVP(), 0.4, 2.0
@@ -109,14 +109,8 @@ def end_point(trained_with: float, steps: int = 250) -> tuple[float, float]:
     roles = Roles(TwoLaws(), generator, GuidedCritic(generator, trained_with))
     method = SiDLSG(guidance_scale=SCALE, weighting="exact", score_times=(LEVEL, LEVEL))
     z, noise = independent_normals(2048)
-    optimizer = torch.optim.Adam(generator.parameters(), 0.04, (0.8, 0.99))
     with replaced(torch, "randn_like", lambda like: noise):
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.04 * (1 - step / steps)
-            _, loss, _ = next(iter(method.step(roles, Batch(z, with_null(len(z))))))
-            loss.backward(inputs=generator.parameters())
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(generator.parameters(), lambda: student_loss(method, roles, Batch(z, with_null(len(z)))), steps, 0.04)
     return float(generator.mean.detach()), float(generator.std.detach().abs())
 
 

@@ -19,7 +19,7 @@ from distill.roles import Roles, build_roles
 from distill.schedule import CosineVP
 from distill.teacher import Teacher
 from distill.verify.classes import SIGMA, TILTED, end_point, largest_error, level
-from distill.verify.core import Check, at_most
+from distill.verify.core import Check, at_most, descend, student_loss
 from distill.verify.dmd2 import independent_normals
 
 
@@ -87,12 +87,6 @@ def settled(method: DistributionMatching, sds: bool = False, steps: int = 200) -
     generator, z = AffineGenerator(schedule, (0.5,), (0.7,)), independent_normals(2048)[0]
     critic = NoCritic(generator, z) if sds else ExactCritic(generator)
     roles = Roles(gaussian(schedule, (0.0,), (1.0,)), generator, critic)
-    optimizer = torch.optim.Adam(generator.parameters(), 0.05, (0.8, 0.99))
     torch.manual_seed(0)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        _, loss, _ = next(iter(method.step(roles, Batch(z, Condition()))))
-        loss.backward(inputs=generator.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
+    descend(generator.parameters(), lambda: student_loss(method, roles, Batch(z, Condition())), steps, 0.05)
     return float(generator.std.detach().abs())

@@ -13,8 +13,9 @@ from distill.losses.adversarial import Discriminator
 from distill.matching.adversary import GAN
 from distill.matching.critic import denoising_loss
 from distill.matching.objectives import injected
+from distill.matching.times import draw_times
 from distill.methods import available, find_method
-from distill.methods.base import Batch, Method, uniform_times
+from distill.methods.base import Batch, Method
 from distill.methods.consistency import Consistency
 from distill.methods.dmd2 import DMD2
 from distill.roles import LoRA, Roles, build_roles
@@ -50,7 +51,7 @@ def test_injected_gradient() -> None:
 
 def test_times_are_uniform_and_stratified() -> None:
     torch.manual_seed(0)
-    t = uniform_times(torch.empty(100), 0.2, 0.7)
+    t = draw_times((0.2, 0.7), torch.empty(100), CosineVP())
     assert t.dtype == torch.float64 and torch.equal(((t - 0.2) / 0.5 * 100).floor().sort().values, torch.arange(100.0, dtype=torch.float64))
     assert not torch.equal(t, t.sort().values)
 
@@ -163,7 +164,7 @@ def test_the_critics_optimum_is_the_denoiser_of_the_samples() -> None:
     torch.manual_seed(0)
     schedule = CosineVP()
     law = gaussian(schedule, (0.4, -0.1), (0.5, 0.8))
-    x0, t = law.sample(20_000), uniform_times(torch.empty(20_000), 0.2, 0.9)
+    x0, t = law.sample(20_000), draw_times((0.2, 0.9), torch.empty(20_000), CosineVP())
     losses = []
     for shift in (0.0, 0.2):
         other = GaussianMixture(schedule, law.means + shift, law.stds)

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", help="names of recipes; every configs/*/digits.yaml and the quickstart if not given")
     parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 4, 10, 50])
     parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; CPU seconds stay comparable with one per core")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--markdown", type=Path, help="write the table there")
@@ -187,11 +189,12 @@ def main() -> int:
         return 0
     recipes = given.recipes or ["quickstart", *sorted(f"{p.parent.name}/digits" for p in (ROOT / "configs").glob("*/digits.yaml"))]
     out = given.out.absolute()
-    for name in [*(f"teacher-{n}" for n in given.teacher_steps), *recipes]:
+    with ThreadPoolExecutor(given.jobs) as pool:
         for seed in given.seeds:
-            result = out / name.replace("/", "~") / f"seed-{seed}" / "result.json"
-            common = ["--one", name, "--seeds", str(seed), "--seconds", str(given.seconds), "--samples", str(given.samples)]
-            in_a_process([*common, *(f"--set={s}" for s in given.set)], result)
+            for name in [*recipes, *(f"teacher-{n}" for n in given.teacher_steps)]:
+                result = out / name.replace("/", "~") / f"seed-{seed}" / "result.json"
+                common = ["--one", name, "--seeds", str(seed), "--seconds", str(given.seconds), "--samples", str(given.samples)]
+                pool.submit(in_a_process, [*common, *(f"--set={s}" for s in given.set)], result)
     rows = summarize(out, given.seeds)
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     table = markdown(rows)

@@ -21,13 +21,10 @@ PILOT = 8  #: steps whose cost is measured
 
 def train_one(recipe: str, seed: int, seconds: float, samples: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
     """Train, export and measure one recipe; its numbers."""
-    from distill import commands
     from distill.config import dump, load_config
     from distill.trainer import Trainer
 
-    quiet = ["trainer.sample_every=0", "trainer.checkpoint_every=1000000", "trainer.device=cpu", "teacher.steps=1", "evaluate.steps=null"]
-    measured = [f"evaluate.metrics={json.dumps(METRICS)}", f"evaluate.samples={samples}"]
-    given = [*quiet, *measured, f"seed={seed}", f"output.folder={folder}", *overrides]
+    given = [*bare_settings(seed, samples, folder), *overrides]
     folder.mkdir(parents=True, exist_ok=True)
     config = load_config(recipe, given)
     steps = affordable_steps(Trainer(config, folder), seconds)
@@ -38,11 +35,23 @@ def train_one(recipe: str, seed: int, seconds: float, samples: int, overrides: S
     before = time.process_time()
     trainer.fit()
     spent, peak = time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    passes = Counter(passes)  # of the training alone
+    counted = dict(passes)  # of the training alone
+    return finished(trainer, folder) | {"training_steps": steps, "passes": counted, "cpu_seconds": round(spent, 1), "peak_mb": round(peak)}
+
+
+def bare_settings(seed: int, samples: int, folder: Path) -> list[str]:
+    """Overrides of a recipe: the training alone, and one measurement at its end."""
+    quiet = ["trainer.sample_every=0", "trainer.checkpoint_every=1000000", "trainer.device=cpu", "teacher.steps=1", "evaluate.steps=null"]
+    return [*quiet, f"evaluate.metrics={json.dumps(METRICS)}", f"evaluate.samples={samples}", f"seed={seed}", f"output.folder={folder}"]
+
+
+def finished(trainer: Any, folder: Path) -> dict[str, Any]:
+    """Export the student and measure it."""
+    from distill import commands
+
     commands.finish(trainer, folder)
     row = json.loads((folder / "results.json").read_text(encoding="utf-8"))[-1]
-    numbers = {k: row[k] for k in ("fd_digits", "kid", "precision", "recall", "density", "coverage", "accuracy")}
-    return numbers | {"calls": row["steps"], "training_steps": steps, "passes": dict(passes), "cpu_seconds": round(spent, 1), "peak_mb": round(peak)}
+    return {k: row[k] for k in ("fd_digits", "kid", "precision", "recall", "density", "coverage", "accuracy")} | {"calls": row["steps"]}
 
 
 def affordable_steps(trainer: Any, seconds: float) -> int:
@@ -68,12 +77,14 @@ def count_passes(roles: Any) -> Counter[str]:
 
             return counts
 
-        network.predict, network.features = counting(network.predict), counting(network.features)
+        network.predict = counting(network.predict)
+        if hasattr(network, "backbone"):  # the others' features are a prediction
+            network.features = counting(network.features)
 
     for role, found in vars(roles).items():
         networks = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else [found]
         for network in networks:
-            if hasattr(network, "backbone"):
+            if hasattr(network, "predict"):
                 watch(role, network)
     return counted
 

@@ -4,10 +4,11 @@
     python tools/bench_critic.py --problem digits --seeds 0 1 2 --passes 8000 --jobs 2
 
 Every run may make so many forward passes of a batch: student, critic and teacher together, hidden features that a discriminator asks for
-included. Without an adversary a step of the student is three passes and an update of the critic two; with the quickstart's, four and four.
-Whoever needs fewer critic updates makes more student steps. Learning rates fall to zero with the passes spent, and the student's last weights are measured: an average over a fixed
-number of steps would favour whoever makes more of them. ``ring`` and ``unbalanced``: tools/toys.py, DMD2 with default settings; ``digits``: the
-quickstart recipe. Each run leaves a JSON file; one that is there is skipped when the tool is started again.
+included. Without an adversary a step of the student is three passes and an update of the critic two; with the quickstart's, four and
+four. Whoever needs fewer critic updates makes more student steps. Learning rates fall to zero with the passes spent, and the student's last
+weights are measured: an average over a fixed number of steps would favour whoever makes more of them. ``ring`` and ``unbalanced``:
+tools/toys.py, DMD2 with default settings; ``digits``: the quickstart recipe. Each run leaves a JSON file; one that is there is skipped
+when the tool is started again.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def write(path: Path, numbers: dict[str, Any]) -> None:
 
 def summarize(out: Path, rules: Sequence[str], seeds: Sequence[int]) -> str:
     """A table: the first rule is what the others are compared with, seed by seed."""
-    titles = ["critic_steps", "seeds", "distance, mean ± sd", "paired difference ± standard error", "better on", "student steps", "critic updates per step", "CPU s"]
+    titles = ["critic_steps", "seeds", "distance, mean ± sd", "paired difference ± standard error", "better on", "steps", "updates per step", "CPU s"]
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     base: dict[int, float] = {}
     for rule in rules:

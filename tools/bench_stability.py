@@ -34,7 +34,7 @@ from heat_map import Cell, draw
 METHODS = ("dmd2", "sid", "f_distill")
 RECIPES = {"dmd2": "quickstart", "sid": "sid/digits", "f_distill": "f_distill/digits"}
 FACTORS = (1 / 3, 1.0, 3.0)
-STEPS = 350  #: of an analytic run
+STEPS = 250  #: of an analytic run
 OUTLIER, NARROW = 3.0, 0.5
 
 

@@ -49,7 +49,7 @@ def in_the_plane(problem: str, rule: str, seeds: Sequence[int], passes: int, fol
     for seed in seeds:
         if not (result := folder / f"seed-{seed}" / "result.json").is_file():
             before = time.process_time()
-            x, spent = train_toy(toy, method, seed, passes=passes, average=0.0)
+            (x,), spent = train_toy(toy, method, [seed], passes=passes, average=0.0)  # alone: the need is a run's own
             updates = spent["passes"]["critic"] // BATCH - spent["steps"]
             write(result, scores(toy.teacher, x) | spent | {"updates": updates, "cpu_seconds": round(time.process_time() - before, 1)})
 

@@ -34,7 +34,7 @@ from heat_map import Cell, draw
 METHODS = ("dmd2", "sid", "f_distill")
 RECIPES = {"dmd2": "quickstart", "sid": "sid/digits", "f_distill": "f_distill/digits"}
 FACTORS = (1 / 3, 1.0, 3.0)
-STEPS = 250  #: of an analytic run
+STEPS, BATCH = 250, 128  #: of an analytic run
 OUTLIER, NARROW = 3.0, 0.5
 
 
@@ -45,8 +45,8 @@ def label(factor: float) -> str:
 # -- one run ------------------------------------------------------------------------------------------------------------
 
 
-def analytic(name: str, factor: float, seeds: Sequence[int], folder: Path) -> None:
-    """The missing runs of one method and rate; "teacher" is where they start."""
+def analytic(name: str, seeds: Sequence[int], out: Path) -> None:
+    """The missing runs of one method; "teacher" is where they start."""
     from toys import ADVERSARY, make_toy, samples, scores, train_toy
 
     from distill.methods.dmd2 import DMD2
@@ -55,36 +55,38 @@ def analytic(name: str, factor: float, seeds: Sequence[int], folder: Path) -> No
 
     toy = make_toy("ring")
     if name == "teacher":
-        for what, x in (("start", samples(toy.network)), ("teacher", toy.teacher.sample(4000))):
-            write(folder / what / "result.json", scores(toy.teacher, x))
+        for what, x in (("start", samples(toy.network)[0]), ("teacher", toy.teacher.sample(4000))):
+            write(out / what / "result.json", scores(toy.teacher, x))
         return
     method = {"dmd2": DMD2(), "sid": SiD(), "f_distill": FDistill(gan=ADVERSARY)}[name]
-    for seed in seeds:
-        result = folder / f"seed-{seed}" / "result.json"
-        if not result.is_file():
-            x, spent = train_toy(toy, method, seed, STEPS, factor)
-            write(result, scores(toy.teacher, x) | spent)
+    for factor in FACTORS:
+        missing = [s for s in seeds if not cell_path(out, name, factor, s).is_file()]
+        if missing:
+            drawn, spent = train_toy(toy, method, missing, STEPS, factor, batch=BATCH)
+            for seed, x in zip(missing, drawn, strict=True):
+                write(cell_path(out, name, factor, seed), scores(toy.teacher, x) | spent)
 
 
-def digits(name: str, factor: float, seed: int, seconds: float, samples: int, folder: Path) -> None:
-    """One run on the digits."""
+def digits(name: str, factor: float, seed: int, seconds: float, samples: int, out: Path) -> None:
+    """One run on the digits; likewise."""
     from distill.config import load_config
     from distill.errors import UserError
 
     if name == "teacher":
         for what, steps in (("start", 1), ("teacher", 50)):
-            write(folder / what / "result.json", of_digits(measure_teacher(steps, seed, samples)))
+            write(out / what / "result.json", of_digits(measure_teacher(steps, seed, samples)))
         return
     optimizers = load_config(RECIPES[name], []).optimizers
     roles = ("student", "critic") + (() if name == "sid" else ("discriminator",))
     rates = [f"optimizers.{role}.lr={optimizers.of(role).lr * factor!r}" for role in roles]
+    result = cell_path(out, name, factor, seed)
     try:
-        numbers = of_digits(train_one(RECIPES[name], seed, seconds, samples, rates, folder / f"seed-{seed}" / "run"))
+        numbers = of_digits(train_one(RECIPES[name], seed, seconds, samples, rates, result.parent / "run"))
     except UserError as error:
         if "not finite" not in str(error):
             raise
         numbers = {"finite": False, "distance": None, "coverage": 0.0, "why": str(error)}
-    write(folder / f"seed-{seed}" / "result.json", numbers)
+    write(result, numbers)
 
 
 def of_digits(row: dict[str, Any]) -> dict[str, Any]:
@@ -105,18 +107,18 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def run_all(given: argparse.Namespace, out: Path) -> None:
-    """Whatever has no result yet; analytic runs of one method and rate share a process."""
-    groups = [[s] for s in given.seeds] if given.problem == "digits" else [list(given.seeds)]
+    """Whatever has no result yet; the analytic runs of one method share a process, those of one rate a network."""
     asked = ["--problem", given.problem, "--seconds", str(given.seconds), "--samples", str(given.samples), "--out", str(out)]
+    together = given.problem == "analytic"
+    groups = [(FACTORS, given.seeds)] if together else [((f,), [s]) for s in given.seeds for f in FACTORS]
     with ThreadPoolExecutor(given.jobs) as pool:
         pool.submit(in_a_process, __file__, [*asked, "--one", "teacher"], out / "teacher" / "result.json")
-        for seeds in groups:
+        for factors, seeds in groups:
             for method in given.methods:
-                for factor in FACTORS:
-                    last = next((p for s in seeds if not (p := cell_path(out, method, factor, s)).is_file()), None)
-                    if last is not None:
-                        seeded = ["--seeds", *map(str, seeds)]
-                        pool.submit(in_a_process, __file__, [*asked, "--one", method, "--factor", repr(factor), *seeded], last)
+                missing = [p for f in factors for s in seeds if not (p := cell_path(out, method, f, s)).is_file()]
+                if missing:
+                    one = ["--one", method, "--factor", repr(factors[0]), "--seeds", *map(str, seeds)]
+                    pool.submit(in_a_process, __file__, [*asked, *one], missing[0])
 
 
 def cell_path(out: Path, method: str, factor: float, seed: int) -> Path:
@@ -188,11 +190,10 @@ def main() -> int:
     given = parser.parse_args()
     out = (given.out or ROOT / "runs" / f"stability-{given.problem}").absolute()
     if given.one:
-        folder = out if given.one == "teacher" else out / f"{given.one}-{label(given.factor)}"
         if given.problem == "analytic":
-            analytic(given.one, given.factor, given.seeds, folder)
+            analytic(given.one, given.seeds, out)
         else:
-            digits(given.one, given.factor, given.seeds[0], given.seconds, given.samples, folder)
+            digits(given.one, given.factor, given.seeds[0], given.seconds, given.samples, out)
         return 0
     run_all(given, out)
     rows, cells = judge(out, given.methods, given.seeds)

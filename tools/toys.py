@@ -5,24 +5,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bench_runs import count_passes
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.analytic import GaussianMixture, MLPDenoiser, ring
 from distill.denoiser import Condition
 from distill.losses.adversarial import Discriminator
+from distill.losses.divergence import RatioNormalizer
 from distill.matching.adversary import GAN
 from distill.matching.critic import denoising_loss
 from distill.methods.base import Batch, strata
 from distill.methods.distribution import DistributionMatching
 from distill.roles import Roles
 from distill.schedule import CosineVP
-from distill.verify.core import descend, train
+from distill.verify.core import descend, replaced, train
 from distill.verify.dmd2 import mode_masses, ring_scores
 
 BATCH, WIDTH, PRETRAINING = 256, 64, 1000
@@ -64,20 +66,75 @@ def make_toy(mixture: str) -> Toy:
     return Toy(teacher, network)
 
 
+# -- many trainings at once ---------------------------------------------------------------------------------------------
+
+
+class Linears(nn.Module):
+    """As many linear layers as there are runs: row r of the input is run r mod runs's."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([m.weight.detach().T for m in layers]))
+        self.bias = nn.Parameter(torch.stack([m.bias.detach()[None] for m in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x.reshape(-1, len(self.weight), x.shape[-1]).transpose(0, 1)
+        return torch.baddbmm(self.bias, apart, self.weight).transpose(0, 1).reshape(len(x), -1)
+
+
+class Norms(nn.Module):
+    """The same of layer norms."""
+
+    def __init__(self, layers: Sequence[nn.LayerNorm]) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.stack([getattr(m, k).detach() for m in layers])) for k in ("weight", "bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = nn.functional.layer_norm(x, x.shape[-1:]).reshape(-1, *self.weight.shape)
+        return (apart * self.weight + self.bias).reshape(x.shape)
+
+
+def together(networks: Sequence[Any]) -> Any:
+    """One network that is all of these, each on rows of its own."""
+    made = copy.deepcopy(networks[0])
+    for name, module in networks[0].named_modules():
+        kind = Linears if isinstance(module, nn.Linear) else Norms if isinstance(module, nn.LayerNorm) else None
+        if kind is not None:
+            owner, _, last = name.rpartition(".")
+            setattr(made.get_submodule(owner), last, kind([n.get_submodule(name) for n in networks]))  # type: ignore[arg-type]
+    return made
+
+
+@contextmanager
+def ratios_apart(runs: int) -> Iterator[None]:
+    """f-distill's means over a batch are those of each run: with them no run knows of the others."""
+    of_all = RatioNormalizer.weight
+
+    def weight(self: RatioNormalizer, divergence: str, logits: Tensor, t: Tensor, bin_means: Tensor) -> Tensor:
+        return torch.stack([of_all(self, divergence, logits[i::runs], t[i::runs], bin_means[i]) for i in range(runs)], 1).flatten()
+
+    with replaced(RatioNormalizer, "weight", weight):
+        yield
+
+
 def train_toy(
-    toy: Toy, method: DistributionMatching, seed: int, steps: int | None = None, factor: float = 1.0, passes: int | None = None, average: float = 0.99,
-) -> tuple[Tensor, dict[str, Any]]:
-    """(4,000 samples of the student, what it took).
+    toy: Toy, method: DistributionMatching, seeds: Sequence[int], steps: int | None = None, factor: float = 1.0, passes: int | None = None,
+    average: float = 0.99, batch: int = BATCH,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """(4,000 samples of each seed's student, what one of them took). The seeds are trained side by side, in one network of many: most of
+    the time of networks as small as these is spent between the operations.
 
     Args:
         steps: of the student; or else passes: so many forward passes of a batch, student, critic and teacher together.
         factor: of all learning rates; average: decay of the student's average, 0: its last weights.
     """
     assert (steps is None) != (passes is None)
-    torch.manual_seed(1000 + seed)
-    student, critic = copy.deepcopy(toy.network), copy.deepcopy(toy.network)
-    discriminator = Discriminator({"state": (3,)}, hidden=WIDTH) if method.gan is not None else None
-    roles = Roles(toy.teacher, student, critic, discriminator=discriminator, state=method.initial_state())
+    runs = len(seeds)
+    torch.manual_seed(1000 + seeds[0])
+    student, critic = together([toy.network] * runs), together([toy.network] * runs)
+    discriminator = together([Discriminator({"state": (3,)}, hidden=WIDTH) for _ in seeds]) if method.gan is not None else None
+    state = {k: v.expand(runs, -1).clone() if k == "ratio_means" else v for k, v in method.initial_state().items()}
+    roles = Roles(copy.copy(toy.teacher), student, critic, discriminator=discriminator, state=state)
     rates = {role: RATES[role] * factor for role in roles.trained()}
     counted = count_passes(roles)
     student_steps = 0
@@ -85,24 +142,25 @@ def train_toy(
     def draw(step: int) -> Batch:
         nonlocal student_steps
         student_steps += 1
-        return Batch(torch.randn(BATCH, 2), Condition(), toy.teacher.sample(BATCH))
+        return Batch(torch.randn(batch * runs, 2), Condition(), toy.teacher.sample(batch * runs))
 
     def done() -> float:
-        return student_steps / steps if steps is not None else sum(counted.values()) / (BATCH * (passes or 1))
+        return student_steps / steps if steps is not None else sum(counted.values()) / (batch * runs * (passes or 1))
 
-    averaged = train(method, roles, draw, steps or passes or 0, rates, betas=(0.0, 0.99), average=average, done=done)
-    spent = {"steps": student_steps, "passes": dict(counted)}
+    with ratios_apart(runs):
+        averaged = train(method, roles, draw, steps or passes or 0, rates, betas=(0.0, 0.99), average=average, done=done)
+    spent = {"steps": student_steps, "passes": {k: v // runs for k, v in counted.items()}}
     with torch.no_grad():
         for p, value in zip(student.parameters(), averaged, strict=True):
             p.copy_(value)
-    del toy.teacher.predict  # the counter's
-    return samples(student), spent
+    return samples(student, runs), spent
 
 
 @torch.no_grad()
-def samples(student: MLPDenoiser) -> Tensor:
-    """(4,000, 2) in one step."""
-    return student(torch.randn(4000, 2), torch.tensor(1.0, dtype=torch.float64))
+def samples(student: MLPDenoiser, runs: int = 1) -> list[Tensor]:
+    """(4,000, 2) of each run in one step."""
+    x = student(torch.randn(4000 * runs, 2), torch.tensor(1.0, dtype=torch.float64))
+    return [x[i::runs] for i in range(runs)]
 
 
 def scores(teacher: GaussianMixture, x: Tensor) -> dict[str, Any]:

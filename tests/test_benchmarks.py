@@ -11,6 +11,8 @@ import torch
 
 from distill.analytic import AffineGenerator, gaussian
 from distill.denoiser import Condition
+from distill.losses.adversarial import Discriminator
+from distill.losses.divergence import RatioNormalizer
 from distill.methods.base import Batch
 from distill.methods.dmd2 import DMD2
 from distill.roles import Roles
@@ -85,3 +87,23 @@ def test_equal_cost_is_equal_passes(tool: Callable[[str], Any], critic_steps: in
     train(method, roles, batch, 1000, {"student": 1e-3, "critic": 1e-3}, done=lambda: sum(counted.values()) / 400)
     assert len(seen) == steps
     assert seen == pytest.approx([i * (3 + 2 * critic_steps) / 100 for i in range(steps)])
+
+
+def test_runs_side_by_side_are_runs_alone(tool: Callable[[str], Any]) -> None:
+    """Three discriminators in one network answer as each does alone, and f-distill's weights of a run do not depend on the others' logits."""
+    toys = tool("toys")
+    torch.manual_seed(0)
+    alone = [Discriminator({"state": (3,)}, hidden=16) for _ in range(3)]
+    state, t = torch.randn(24, 3), torch.rand(24, dtype=torch.float64)
+    logits = toys.together(alone)({"state": state}).detach()
+    for i, network in enumerate(alone):
+        assert torch.allclose(logits[i::3], network({"state": state[i::3]}), atol=1e-6)
+    normalizer = RatioNormalizer()
+    with toys.ratios_apart(3):
+        weights = normalizer.weight("jensen_shannon", logits.flatten(), t, torch.ones(3, 10))
+        other = logits.flatten().clone()
+        other[1::3] += 3 * torch.randn(8)
+        changed = normalizer.weight("jensen_shannon", other, t, torch.ones(3, 10))
+    assert torch.allclose(weights[0::3], normalizer.weight("jensen_shannon", logits[0::3].flatten(), t[0::3], torch.ones(10)))
+    assert torch.equal(weights[0::3], changed[0::3])
+    assert not torch.allclose(weights[1::3], changed[1::3])

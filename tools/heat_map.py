@@ -14,6 +14,8 @@ INK, GREY, RED, PAPER = (30, 30, 36), (120, 120, 128), (200, 30, 40), (255, 255,
 #: Colours of 0, ¼, ½, ¾ and 1 of the scale: even in lightness, and told apart without red and green.
 SCALE = [(252, 251, 240), (199, 225, 205), (108, 178, 193), (55, 105, 165), (44, 30, 92)]
 
+PLAIN = str.maketrans({"÷": "/", "×": "x", "–": "-"})  #: Pillow's own font has no more; no font of the system is relied on
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -32,7 +34,7 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def written(ratio: float) -> str:
-    return "∞" if math.isinf(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+    return "inf" if math.isinf(ratio) else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def draw(blocks: Mapping[str, Sequence[tuple[str, Sequence[Cell | None]]]], rows: Sequence[str], title: str) -> Image.Image:
@@ -49,7 +51,7 @@ def draw(blocks: Mapping[str, Sequence[tuple[str, Sequence[Cell | None]]]], rows
         return math.log(max(ratio, low) / low) / math.log(high / low) if math.isfinite(ratio) else 1.0
 
     def text(x: float, y: float, said: str, font: Any = small, fill: Any = INK, anchor: str = "mm") -> None:
-        pen.text((x, y), said, fill=fill, font=font, anchor=anchor)
+        pen.text((x, y), said.translate(PLAIN), fill=fill, font=font, anchor=anchor)
 
     text(LEFT, 34, title, large, anchor="lm")
     text(LEFT - 16, TOP - 24, "seed", fill=GREY, anchor="rm")

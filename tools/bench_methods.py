@@ -11,116 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-METRICS = ["fd-digits", "kid", "precision", "recall", "density", "coverage", "accuracy"]
-TEACHER = "assets/digits-teacher"
-PILOT = 8  #: steps whose cost is measured
-
-
-# -- one run, in a process of its own -----------------------------------------------------------------------------------
-
-
-def train_one(recipe: str, seed: int, seconds: float, samples: int, overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Train, export and measure one recipe; its numbers."""
-    from distill import commands
-    from distill.config import dump, load_config
-    from distill.trainer import Trainer
-
-    quiet = ["trainer.sample_every=0", "trainer.checkpoint_every=1000000", "trainer.device=cpu", "teacher.steps=1", "evaluate.steps=null"]
-    measured = [f"evaluate.metrics={json.dumps(METRICS)}", f"evaluate.samples={samples}"]
-    given = [*quiet, *measured, f"seed={seed}", f"output.folder={folder}", *overrides]
-    folder.mkdir(parents=True, exist_ok=True)
-    config = load_config(recipe, given)
-    steps = affordable_steps(Trainer(config, folder), seconds)
-    config = load_config(recipe, [*given, f"trainer.steps={steps}"])
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    trainer = Trainer(config, folder)
-    passes = count_passes(trainer.roles)
-    before = time.process_time()
-    trainer.fit()
-    spent, peak = time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    passes = Counter(passes)  # of the training alone
-    commands.finish(trainer, folder)
-    row = json.loads((folder / "results.json").read_text(encoding="utf-8"))[-1]
-    numbers = {k: row[k] for k in ("fd_digits", "kid", "precision", "recall", "density", "coverage", "accuracy")}
-    return numbers | {"calls": row["steps"], "training_steps": steps, "passes": dict(passes), "cpu_seconds": round(spent, 1), "peak_mb": round(peak)}
-
-
-def affordable_steps(trainer: Any, seconds: float) -> int:
-    """How many training steps the budget has room for."""
-    whole = trainer.config.trainer.steps
-    trainer.step(0)  # the first one pays for what all share
-    at = [int((i + 0.5) * whole / PILOT) for i in range(PILOT)]
-    before = time.process_time()
-    for step in at:
-        trainer.step(step)
-    return max(PILOT, int(seconds * len(at) / (time.process_time() - before)))
-
-
-def count_passes(roles: Any) -> Counter[str]:
-    """Forward passes by role, in samples; counted from now on. A hidden feature that ends a pass early counts as one."""
-    counted: Counter[str] = Counter()
-
-    def watch(role: str, network: Any) -> None:
-        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
-            def counts(x_t: Any, *rest: Any, **more: Any) -> Any:
-                counted[role] += len(x_t)
-                return call(x_t, *rest, **more)
-
-            return counts
-
-        network.predict, network.features = counting(network.predict), counting(network.features)
-
-    for role, found in vars(roles).items():
-        networks = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else [found]
-        for network in networks:
-            if hasattr(network, "backbone"):
-                watch(role, network)
-    return counted
-
-
-def measure_teacher(steps: int, seed: int, samples: int) -> dict[str, Any]:
-    """The teacher at so many steps; the seed is the noise's."""
-    from distill.evaluate.run import Entry, evaluate
-    from distill.loading import load_pipeline
-    from distill.resources import resource as shipped
-
-    (row,) = evaluate([Entry("teacher", load_pipeline(str(shipped(TEACHER))), steps)], METRICS, samples=samples, seed=seed)
-    return {k: row[k] for k in ("fd_digits", "kid", "precision", "recall", "density", "coverage", "accuracy")} | {"calls": steps}
-
-
-# -- all of them --------------------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Progress, where somebody looks on."""
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
-
-
-def in_a_process(arguments: Sequence[str], result: Path) -> None:
-    """Run this tool for one result; its output goes into a log beside it. A failure leaves no result, and is tried again next time."""
-    if result.is_file():
-        return
-    say(f"{result.parent.parent.name}, seed {result.parent.name.removeprefix('seed-')}")
-    result.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-    with (result.parent / "log.txt").open("w", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, __file__, *arguments, "--result", str(result)], stdout=log, stderr=log, env=environment, cwd=ROOT).returncode
-    if code:
-        say(f"  failed, see {result.parent / 'log.txt'}")
+from bench_runs import ROOT, in_a_process, measure_teacher, train_one
 
 
 def summarize(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -194,7 +92,7 @@ def main() -> int:
             for name in [*recipes, *(f"teacher-{n}" for n in given.teacher_steps)]:
                 result = out / name.replace("/", "~") / f"seed-{seed}" / "result.json"
                 common = ["--one", name, "--seeds", str(seed), "--seconds", str(given.seconds), "--samples", str(given.samples)]
-                pool.submit(in_a_process, [*common, *(f"--set={s}" for s in given.set)], result)
+                pool.submit(in_a_process, __file__, [*common, *(f"--set={s}" for s in given.set)], result)
     rows = summarize(out, given.seeds)
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     table = markdown(rows)

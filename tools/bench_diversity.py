@@ -2,9 +2,12 @@
 
     python tools/bench_diversity.py --jobs 2 --out runs/diversity --markdown runs/diversity/table.md --figure docs/diversity.png
 
+One folder holds one ``--start``.
+
 The teacher is the exact denoiser of eight Gaussians in two dimensions, their weights from 0.02 to 0.30; student and critic are small
 networks. All methods have the same start, learning rates, batch and number of student updates; methods of several steps have fewer
-critic updates, so that an update costs about as many forward passes (counted, in the table). A run that is finished is skipped when
+critic updates, so that an update costs as many forward passes, of one sample each, as in the table (those of the discriminator,
+which sees x_t and t, are not counted). A run that is finished is skipped when
 the tool is started again.
 """
 
@@ -54,6 +57,7 @@ KEPT = 0.25  #: a mode counts as covered with this share of its weight, within f
 
 GAN = {"weight": 0.1, "features": "teacher", "layers": ["state"]}
 RATIO_ONLY = GAN | {"weight": 1e-30}  #: the discriminator gives the density ratio and nothing else
+LOW = (0.02, 0.4)
 COMMON = {"score_times": (0.02, 0.98), "critic_times": (0.01, 0.99)}
 REFERENCE = "the mixture itself"  #: another sample of it: what the metrics can reach
 UNTRAINED = "the start, 4 DDIM steps"  #: of the network that all start from
@@ -63,10 +67,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "DMD2: reverse KL, GAN": {"name": "dmd2", "critic_steps": 4, "gan": GAN},
     "f-distill: Jensen–Shannon": {"name": "f_distill", "critic_steps": 4, "gan": RATIO_ONLY},
     "f-distill: forward KL": {"name": "f_distill", "divergence": "forward_kl", "critic_steps": 4, "gan": RATIO_ONLY},
-    "EL: reverse KL, embedding loss": {"name": "el", "critic_steps": 4, "terms": [{"kind": "embedding", "weight": 1.0}]},
+    "EL: reverse KL, embedding loss": {"name": "el", "critic_steps": 4, "terms": [{"kind": "embedding"}]},
     "DMD2, 4 steps": {"name": "dmd2", "steps": 4, "critic_steps": 2},
     "TDM, 2 steps": {"name": "tdm", "steps": 2, "critic_steps": 3, "own_ranges": True},
     "TDM, 4 steps": {"name": "tdm", "steps": 4, "critic_steps": 2, "own_ranges": True},
+    # The same with little noise: through much of it every mode is seen from everywhere, whatever the divergence.
+    "DMD2: reverse KL, t ≤ 0.4": {"name": "dmd2", "critic_steps": 4, "score_times": LOW},
+    "DMD2: reverse KL, GAN, t ≤ 0.4": {"name": "dmd2", "critic_steps": 4, "score_times": LOW, "gan": GAN},
+    "f-distill: forward KL, t ≤ 0.4": {"name": "f_distill", "divergence": "forward_kl", "critic_steps": 4, "score_times": LOW, "gan": RATIO_ONLY},
+    "EL: reverse KL, embedding loss, t ≤ 0.4": {"name": "el", "critic_steps": 4, "score_times": LOW, "terms": [{"kind": "embedding"}]},
     "Phased DMD, 4 steps": {"name": "phased_dmd", "steps": 4, "critic_steps": 2},
 }
 
@@ -192,11 +201,11 @@ def summarize(out: Path, names: Sequence[str], seeds: Sequence[int]) -> list[dic
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| method | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    lines = ["| method | seeds | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
     for row in rows:
-        cells = [row["name"]]
+        cells = [row["name"], str(row["seeds"])]
         for key, digits in COLUMNS.values():
-            spread = "" if key in ("passes", "cpu_seconds") else f" ± {row[key]['sd']:.{digits}f}"
+            spread = "" if key in ("passes", "cpu_seconds") or row["seeds"] < 2 else f" ± {row[key]['sd']:.{digits}f}"
             cells.append(f"{row[key]['mean']:.{digits}f}{spread}" if key != "passes" or row[key]["mean"] else "–")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -235,7 +244,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", help="names in the tool's table; all that there are if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--start", choices=STARTS, default="lost", help="a folder has one start only")
+    parser.add_argument("--start", choices=STARTS, default="lost", help="what the student is at first")
     parser.add_argument("--out", type=Path, default=Path("runs/diversity"))
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--figure", type=Path, help="write a picture of the first seed's samples there")

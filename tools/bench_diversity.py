@@ -53,7 +53,7 @@ START = "start.safetensors"
 #: what student and critic are at first: the mixture's own denoiser, as in practice; or one that has lost the three modes on the left
 #: (0.28 of the mass), with which it shows who finds modes again that a student does not have
 STARTS = {"whole": WEIGHTS, "lost": tuple(0.0 if i in (3, 4, 5) else w for i, w in enumerate(WEIGHTS))}
-KEPT = 0.25  #: a mode counts as covered with this share of its weight, within four of its standard deviations
+KEPT = 0.25  #: a mode counts as covered with this share of its weight, within three of its standard deviations
 
 GAN = {"weight": 0.1, "features": "teacher", "layers": ["state"]}
 RATIO_ONLY = GAN | {"weight": 1e-30}  #: the discriminator gives the density ratio and nothing else
@@ -167,7 +167,7 @@ def counting(call: Callable[..., Any], role: str, passes: Counter[str]) -> Calla
 def measured(teacher: GaussianMixture, made: Tensor) -> dict[str, float]:
     """Modes covered, distance of their shares to the weights, and the metrics of ``distill eval`` against as many real samples."""
     real = teacher.sample(len(made))
-    near = torch.cdist(made.double(), teacher.means).min(1).values < 4 * STD
+    near = torch.cdist(made.double(), teacher.means).min(1).values < 3 * STD
     shares, weights = mode_masses(teacher, made), torch.tensor(WEIGHTS)
     kept = mode_masses(teacher, made[near]) * near.double().mean()
     (precision, recall), (density, coverage) = precision_recall(real, made), density_coverage(real, made)
@@ -228,7 +228,7 @@ def draw(out: Path, names: Sequence[str], seed: int, size: int = 220) -> Any:
         return (index % across + 0.5) * size + x[0] * scale, (index // across) * (size + 16) + 16 + size / 2 - x[1] * scale
 
     for index, name in enumerate(names):
-        pen.text((index % across * size + 6, index // across * (size + 16) + 4), name.replace("–", "-"), fill="black")
+        pen.text((index % across * size + 6, index // across * (size + 16) + 4), name.replace("–", "-").replace("≤", "<="), fill="black")
         for x in json.loads(place(out, name, seed).read_text(encoding="utf-8"))["samples"][:1000]:
             a, b = at(index, x)
             if abs(a - at(index, (0, 0))[0]) < size / 2 and abs(b - at(index, (0, 0))[1]) < size / 2:

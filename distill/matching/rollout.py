@@ -30,6 +30,7 @@ class Sample:
     x0: Tensor  #: (batch, ...) the clean sample that it leads to, with gradient
     s: Tensor | None = None  #: (batch,) t of x; None: clean
     steps: int = 1  #: network calls of the whole sample: for ``any_steps``
+    start: Tensor | None = None  #: (batch,) t of the last call's input: for ``trajectory``
 
 
 def roll_out(
@@ -69,10 +70,11 @@ def roll_out(
                 break
             following = at(ladder[i + 1])
             x_t = schedule.ddim(x_t, x0, at(time), following) if kind == "trajectory" else schedule.add_noise(x0, torch.randn_like(x0), following)
+    start = at(ladder[last])
     if kind == "trajectory" and last + 1 < len(ladder):
         s = at(ladder[last + 1])
-        return Sample(schedule.ddim(x_t, x0, at(ladder[last]), s), x0, s, last + 1)
-    return Sample(x0, x0, None, last + 1)
+        return Sample(schedule.ddim(x_t, x0, start, s), x0, s, last + 1, start)
+    return Sample(x0, x0, None, last + 1, start)
 
 
 def _drawn(count: int, odds: Sequence[float] | None) -> int:

@@ -59,6 +59,7 @@ class DistributionMatching(Method):
     steps: Annotated[int, Field(ge=1, le=8)] = 1  #: network calls of the student
     times: list[UnitInterval] | None = None  #: the student's ladder, descending; evenly spaced from 1 if not given
     rollout: Rollout = "backward_simulation"  #: which of its samples is judged, see matching/rollout.py
+    own_ranges: bool = False  #: of trajectory: t lies below the time that the judged step came from, so that each step has a range of its own
     step_odds: list[Scale] | None = None  #: how often each step of the ladder is the one that is judged; equally often if not given
     gradient_steps: Annotated[int, Field(ge=1)] = 1  #: how many of a rollout's last calls carry gradient
 
@@ -108,6 +109,10 @@ class DistributionMatching(Method):
             raise ValueError(f"times must be {self.steps} descending numbers, one per step")
         if self.rollout == "trajectory" and self.objective in LIVE:
             raise ValueError(f"objective {self.objective} needs clean samples, and rollout trajectory ends at a noise level: use kl")
+        if self.rollout == "trajectory" and self.gan is not None:
+            raise ValueError("gan compares clean samples with real ones, and rollout trajectory ends at a noise level: use backward_simulation, or no gan")
+        if self.own_ranges and self.rollout != "trajectory":
+            raise ValueError("own_ranges are the steps' of rollout trajectory: set it, or leave own_ranges out")
         if self.step_odds is not None and (len(self.step_odds) != self.steps or not sum(self.step_odds)):
             raise ValueError(f"step_odds must be {self.steps} numbers, one per step, and not all zero")
         if self.rollout == "any_steps" and self.steps == 1:
@@ -266,6 +271,9 @@ class DistributionMatching(Method):
 
     def _draw(self, law: TimeLaw, roles: Roles, batch: Batch, sample: Sample) -> Tensor:
         below = self._below(law, roles, batch, sample) if isinstance(law, Times) and law.scope is not None else None
+        if self.own_ranges:
+            assert sample.start is not None
+            below = sample.start if below is None else torch.minimum(below, sample.start)
         return draw_times(law, sample.x, roles.schedule, batch.progress, above=sample.s, below=below)
 
     @torch.no_grad()

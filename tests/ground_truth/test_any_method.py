@@ -10,6 +10,7 @@ from distill.errors import UserError
 from distill.methods import Method
 from distill.methods.base import Batch, Update
 from distill.roles import Roles
+from distill.sampling import Sampler
 from distill.verify import any_method, checks, run
 
 
@@ -18,6 +19,9 @@ class Regression(Method):
 
     name: str = "regression"
     roles: ClassVar[Sequence[str]] = ("student", "critic", "target")
+
+    def sampler(self) -> Sampler:
+        return Sampler()
 
     def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
         for role, network in (("student", roles.student), ("critic", roles.critic)):

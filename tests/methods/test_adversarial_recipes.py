@@ -30,6 +30,7 @@ def trained(recipe: str, folder: Path, *settings: str) -> tuple[Trainer, dict[st
         ("teacher_feature_drifting/digits", (), {"student/drifting"}),
         ("ladd/digits", PAIRS, {"student/gan", "discriminator/accuracy"}),
         ("asd/digits", ("method.steps=2", "evaluate.steps=[1,2]"), {"critic/loss"}),
+        ("tdm/digits", (), {"critic/loss", "student/score_gap"}),
     ],
 )
 def test_the_recipes_train(recipe: str, settings: tuple[str, ...], logged: set[str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ below m and the others,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +163,8 @@ def find_route(wanted: ByTime | Partition | None, teacher: Teacher) -> Route | N
     if wanted is None or isinstance(wanted, ByTime):
         return wanted
     layouts, told = teacher.denoiser.call.layouts, teacher.condition([teacher.placeholder()]).values
-    plain = {k: v for k, v in told.items() if k != REST and ":" not in k and layouts.get(k, Layout()) in (Layout(), Layout("listed"))}
+    named = {k: v for k, v in told.items() if k != REST and re.fullmatch(r"[\w.]+", k)}  # the exported pipeline has to find it, too
+    plain = {k: v for k, v in named.items() if layouts.get(k, Layout()) in (Layout(), Layout("listed"))}
     if teacher.input_name == "class_labels" and teacher.classes is not None:
         label = next((k for k, v in plain.items() if isinstance(v, Tensor) and v.dim() == 1 and not v.is_floating_point()), None)
         if label is not None:
@@ -190,6 +192,10 @@ class Routed(Denoiser):
         self.experts: list[Any] = list(experts)
         self.route = route
         self.schedule, self.kind, self.guidance_rule = experts[0].schedule, experts[0].kind, experts[0].guidance_rule
+
+    def component_names(self, component: str) -> list[str]:
+        """Of the networks in an exported pipeline: unet, unet_2, …"""
+        return [component if k == 0 else f"{component}_{k + 1}" for k in range(len(self.experts))]
 
     @property
     def dtype(self) -> torch.dtype:

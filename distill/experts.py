@@ -22,6 +22,7 @@ from distill.denoiser import BackboneDenoiser, Condition, Denoiser, Prediction
 from distill.errors import UserError
 from distill.teacher import Teacher
 
+CPU = torch.device("cpu")  #: where a partition lies also while a plan's networks are built without memory
 POWER_STEPS = 100  #: of the iteration that finds the direction in which prompts differ most
 
 
@@ -41,7 +42,7 @@ class ByTime:
     def choose(self, t: Tensor, condition: Condition) -> Tensor:
         """(batch,) numbers of networks."""
         if t.is_meta:  # a plan knows no values: the last one, which runs after the others
-            return torch.full((len(t),), self.count - 1)
+            return torch.full((len(t),), self.count - 1, device=CPU)
         later = torch.tensor(self.starts[1:], dtype=torch.float64, device=t.device)
         return (t.double()[:, None] <= later + 1e-9).sum(1)
 
@@ -76,7 +77,7 @@ class ByCondition:
     def parts(self, v: Tensor) -> Tensor:
         """(batch, d) → (batch,): the part that each vector lies in."""
         if v.is_meta:  # a plan knows no values: equal shares
-            return torch.arange(len(v)) * self.count // len(v)
+            return torch.arange(len(v), device=CPU) * self.count // len(v)
         axes, thresholds = self.axes.to(v), self.thresholds.to(v)
         low = torch.zeros(len(v), dtype=torch.int64, device=v.device)
         high = low + self.count
@@ -99,7 +100,7 @@ class ByCondition:
     def of_classes(cls, path: str, classes: int, count: int) -> ByCondition:
         """Consecutive classes, in parts of equal size as nearly as can be: class c is part ⌊c K / classes⌋'s."""
         first = [-(-m * classes // count) for m in range(count)]
-        return cls(path, torch.ones(count - 1, 1), torch.tensor([c - 0.5 for c in first[1:]]), first)
+        return cls(path, torch.ones(count - 1, 1, device=CPU), torch.tensor([c - 0.5 for c in first[1:]], device=CPU), first)
 
     @classmethod
     def of_vectors(cls, path: str, vectors: Tensor, inputs: Sequence[Any], count: int) -> ByCondition:
@@ -175,7 +176,8 @@ def find_route(wanted: ByTime | Partition | None, teacher: Teacher) -> Route | N
     if teacher.input_name != "prompt" or not embeddings:
         raise UserError("method: students for parts of the conditions need a teacher that is told classes or prompts")
     path = max(embeddings, key=lambda k: (embeddings[k].shape[-1], -embeddings[k].dim()))
-    return ByCondition(path, torch.zeros(wanted.count - 1, embeddings[path].shape[-1]), torch.zeros(wanted.count - 1))
+    axes = torch.zeros(wanted.count - 1, embeddings[path].shape[-1], device=CPU)
+    return ByCondition(path, axes, axes[:, 0])
 
 
 # -- the networks -------------------------------------------------------------------------------------------------------
@@ -228,14 +230,14 @@ class Routed(Denoiser):
 
     def _asked(self, x_t: Tensor, t: Tensor, condition: Condition) -> list[tuple[int, Tensor]]:
         """(network, indices of its samples) for the networks that have any."""
-        chosen = self.route.choose(t, condition).to(x_t.device if not x_t.is_meta else "cpu")
+        chosen = self.route.choose(t, condition).to(CPU if x_t.is_meta else x_t.device)
         return [(k, torch.nonzero(chosen == k)[:, 0]) for k in chosen.unique().tolist()]
 
 
 def _in_order(asked: Sequence[tuple[int, Tensor]]) -> Callable[[list[Tensor]], Tensor]:
     """Joins what was answered part by part, in the order of the batch."""
     back = torch.cat([indices for _, indices in asked]).argsort()
-    return lambda parts: torch.cat(parts)[back.to(parts[0].device if not parts[0].is_meta else "cpu")]
+    return lambda parts: torch.cat(parts)[back.to(CPU if parts[0].is_meta else parts[0].device)]
 
 
 def networks_of(role: Any) -> list[BackboneDenoiser]:

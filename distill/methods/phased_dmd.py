@@ -107,9 +107,10 @@ class PhasedDMD(DistributionMatching):
 
     def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
         phase = self.phase(batch.progress)
-        if float(roles.state["phase"]) < phase:
+        begun = roles.state["phase"]
+        if not begun.is_meta and float(begun) < phase:  # a plan knows no values
             self._begin_critic(roles)
-            roles.state["phase"].fill_(phase)
+            begun.fill_(phase)
         told = self if self.phase_guidance is None else self.model_copy(update={"guidance_scale": self.phase_guidance[phase]})
         yield from super(PhasedDMD, told).step(roles, batch)
 

@@ -71,6 +71,8 @@ def affordable_steps(trainer: Any, seconds: float) -> int:
 
 def count_passes(roles: Any) -> Counter[str]:
     """Forward passes by role, in samples; counted from now on. A hidden feature that ends a pass early counts as one."""
+    from distill.denoiser import Denoiser
+
     counted: Counter[str] = Counter()
 
     def watch(role: str, network: Any) -> None:
@@ -86,7 +88,7 @@ def count_passes(roles: Any) -> Counter[str]:
     for role, found in vars(roles).items():
         networks = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else [found]
         for network in networks:
-            if hasattr(network, "backbone"):
+            if isinstance(network, Denoiser):
                 watch(role, network)
     return counted
 

@@ -44,7 +44,7 @@ class ByTime:
         if t.is_meta:  # a plan knows no values: the last one, which runs after the others
             return torch.full((len(t),), self.count - 1, device=CPU)
         later = torch.tensor(self.starts[1:], dtype=torch.float64, device=t.device)
-        return (t.double()[:, None] <= later + 1e-9).sum(1)
+        return (t.double()[:, None] <= later + 1e-6).sum(1)
 
     def facts(self) -> dict[str, Any]:
         return {"starts": list(self.starts)}

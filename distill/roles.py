@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from distill.adapters import Adapters, LoRA
 from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser
 from distill.errors import UserError
-from distill.experts import Routed, Route
+from distill.experts import Route, Routed
 from distill.losses.adversarial import Discriminator
 from distill.masters import Masters
 from distill.schedule import NoiseSchedule
@@ -130,8 +130,8 @@ def build_roles(
     if lora is not None:
         if guidance_embedding:
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
-        made, adapters = _adapted(denoiser, lora, wanted, like_teacher, route)
-        return Roles(denoiser, **made), adapters
+        adapted, adapters = _adapted(denoiser, lora, wanted, like_teacher, route)
+        return Roles(denoiser, **adapted), adapters
     trained = None if selection is None else selection.names(denoiser.backbone)
     on_teacher = [role for role in wanted if role == "critic" and critic_lora is not None]
     made: dict[str, Any] = {}

@@ -14,7 +14,6 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def with_experts(student: Student, pipeline: Any) -> Any:
     given = list(stock.parameters.values())
     last = len(given) - (given[-1].kind is inspect.Parameter.VAR_KEYWORD)
     init.__signature__ = stock.replace(parameters=[*given[:last], *ours, *given[last:]])  # type: ignore[attr-defined]
-    several = type(cls)(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+    several = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(__init__=init, __module__=cls.__module__))
     made = remake(several, pipeline, {**pipeline.components, **others})
     made.set_progress_bar_config(disable=True)
     return made

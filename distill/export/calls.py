@@ -45,8 +45,8 @@ def fixed_arguments(student: Student) -> dict[str, Any]:
 
 
 def probe_inputs(student: Student) -> list[Any]:
-    """Inputs for a trial run: two (or one of each part of the conditions that has a network of its own), so that a batch is tried, where the pipeline takes several at once (and the teacher's
-    fixed arguments are no tensors or images for one sample)."""
+    """Inputs for a trial run: two (or one of each part of the conditions that has a network of its own), so that a batch is
+    tried, where the pipeline takes several at once (and the teacher's fixed arguments are no tensors or images for one sample)."""
     teacher = student.teacher
     several = teacher.batched and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed_arguments(student).values())
     several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")

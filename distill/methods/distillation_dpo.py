@@ -59,7 +59,7 @@ class DistillationDPO(DistributionMatching):
     @model_validator(mode="after")
     def _two_critics(self) -> DistillationDPO:
         if self.objective != "kl" or self.divergence != "reverse_kl" or self.rollout in ODE:
-            raise ValueError("a preference is a difference of scores on clean samples: objective kl, divergence reverse_kl, any rollout but trajectory and phase")
+            raise ValueError("a preference is a difference of scores on clean samples: objective kl, divergence reverse_kl, a rollout to clean samples")
         if self.critic_guidance_scale != 1.0 or self.critic_training_guidance != 1.0:
             raise ValueError("the two critics are compared with each other, unguided: leave out the critic's guidance")
         if isinstance(self.critic_steps, Adaptive):

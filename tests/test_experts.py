@@ -126,7 +126,10 @@ LORA = "{weights: lora, ema: 0.9, lora: {rank: 2}}"
 HALF = "{ema: 0.9, architecture: {block_out_channels: [16, 24]}}"
 
 
-@pytest.mark.parametrize(("method", "student"), [(PHASED, "{ema: 0.9}"), (PHASED, LORA), (MSD, LORA), ("{name: msd, teacher_matching: 0.4, students: 3}", HALF)])
+STAGES = "{name: msd, teacher_matching: 0.4, students: 3}"
+
+
+@pytest.mark.parametrize(("method", "student"), [(PHASED, "{ema: 0.9}"), (PHASED, LORA), (MSD, LORA), (STAGES, HALF)])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, method: str, student: str) -> None:
     """Stopped before the second phase and in it."""
     data = {"trainer:": "data: {source: digits}\ntrainer:"} if "matching" in method else {}
@@ -186,7 +189,8 @@ def test_learning_rates_fall_to_zero_in_each_phase(tmp_path: Path) -> None:
 def test_a_partition_of_prompts_is_read_from_the_data_and_kept(tmp_path: Path) -> None:
     tiny_stable_diffusion().save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    changes = {"assets/digits-teacher": str(tmp_path / "teacher"), "trainer:": f"data: {{source: prompts, path: {tmp_path}/prompts.txt, cache: false}}\ntrainer:"}
+    data = f"data: {{source: prompts, path: {tmp_path}/prompts.txt, cache: false}}"
+    changes = {"assets/digits-teacher": str(tmp_path / "teacher"), "trainer:": f"{data}\ntrainer:"}
     run = trainer(tmp_path, MSD, **changes)
     route = run.roles.student.route  # type: ignore[attr-defined]
     told = run.parts.teacher.condition(PROMPTS)

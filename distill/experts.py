@@ -246,11 +246,11 @@ def networks_of(role: Any) -> list[BackboneDenoiser]:
     return [network for network in experts if isinstance(network, BackboneDenoiser)]
 
 
-def of_prompts(route: Any, told: Callable[[Tensor], tuple[Condition, list[Any]]], entries: int, most: int = 4096) -> ByCondition | None:
+def of_prompts(route: Route | None, told: Callable[[Tensor], Any], entries: int, most: int = 4096) -> ByCondition | None:
     """The partition by the conditions of the data; None where the route needs none.
 
     Args:
-        told: indices of entries of the data → their conditions and inputs.
+        told: indices of entries of the data → their ``condition`` and ``inputs`` (``TrainingData.told``).
         most: entries that are looked at, evenly spaced.
     """
     if not isinstance(route, ByCondition) or route.examples:
@@ -258,8 +258,8 @@ def of_prompts(route: Any, told: Callable[[Tensor], tuple[Condition, list[Any]]]
     chosen = torch.linspace(0, entries - 1, min(entries, most)).round().long().unique()
     vectors, inputs = [], []
     for some in chosen.split(64):
-        condition, given = told(some)
-        vectors.append(as_vectors(condition.values[route.path]).cpu())
-        inputs += given
+        drawn = told(some)
+        vectors.append(as_vectors(drawn.condition.values[route.path]).cpu())
+        inputs += drawn.inputs
     different = list({given: i for i, given in reversed(list(enumerate(inputs)))}.values())[::-1]
     return ByCondition.of_vectors(route.path, torch.cat(vectors)[different], [inputs[i] for i in different], route.count)

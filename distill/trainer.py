@@ -69,7 +69,7 @@ class Trainer:
         with self.accelerator.main_process_first():  # the others find everything in the cache
             self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
         if isinstance(student := self.roles.student, Routed):
-            student.route = of_prompts(student.route, lambda some: self.data.told(some)[1::2], len(self.data)) or student.route
+            student.route = of_prompts(student.route, self.data.told, len(self.data)) or student.route
         self.pairs = self._make_pairs()
         self.parts.teacher.rest_encoders(but_decoder=self.method.needs_decoder())
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from tiny import perturb, tiny_stable_diffusion, tiny_unet2d
 
 from distill.config import load_config
+from distill.data.loader import TrainingData
 from distill.denoiser import Condition
 from distill.errors import UserError
 from distill.experts import ByCondition, ByTime, Partition, Routed, find_route, of_prompts
@@ -33,7 +34,7 @@ def student_of(pipeline: Any, wanted: ByTime | Partition, lora: LoRA | None = No
     teacher = Teacher(pipeline)
     route = find_route(wanted, teacher)
     if teacher.input_name == "prompt":
-        route = of_prompts(route, lambda i: (teacher.condition([PROMPTS[int(k)] for k in i]), [PROMPTS[int(k)] for k in i]), len(PROMPTS)) or route
+        route = of_prompts(route, TrainingData(teacher, None, PROMPTS, 0).told, len(PROMPTS)) or route
     roles, adapters = build_roles(teacher, ["student", "critic"], lora, route=route)
     perturb(roles.parameters("student"))
     sampler = Sampler(uniform_ladder(2), 2, gamma=0.0 if isinstance(wanted, ByTime) else 1.0)

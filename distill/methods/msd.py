@@ -33,7 +33,7 @@ class MSD(DistributionMatching):
 
     name: Literal["msd"] = "msd"  # type: ignore[assignment]
 
-    students: Annotated[int, Field(ge=1)] = 2
+    students: Annotated[int, Field(ge=1)] = 2  #: each for an equal part of the conditions
     #: share of the training in which they learn the teacher's answers at noised samples first; for students of another architecture,
     #: which know nothing of noise levels yet. Needs real samples, or real: teacher
     teacher_matching: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -34,6 +34,7 @@ from distill.matching.times import TimeLaw
 from distill.methods.base import Batch, Update
 from distill.methods.distribution import DistributionMatching, Scale
 from distill.roles import Roles
+from distill.sampling import Sampler
 
 
 class PhasedDMD(DistributionMatching):
@@ -94,6 +95,10 @@ class PhasedDMD(DistributionMatching):
 
     def experts(self) -> ByTime | Partition | None:
         return ByTime(tuple(self._ladder[self._steps_of(k)[0]] for k in range(self.phases))) if self.phases > 1 else None
+
+    def sampler(self) -> Sampler:
+        plain, guidance = super().sampler(), self.phase_guidance
+        return plain if guidance is None else replace(plain, guidance_scale=sum(guidance) / len(guidance))
 
     # -- training -------------------------------------------------------------------------------------------------------
 

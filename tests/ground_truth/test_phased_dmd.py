@@ -64,6 +64,7 @@ def test_guidance_of_each_phase() -> None:
             batch = Batch(torch.randn(64, 2), Condition({"class_labels": label}, {"class_labels": null}), progress=progress)
             found.append(float(next(iter(method.step(roles, batch)))[2]["score_gap"]))
         gaps.append(found)
+    assert PhasedDMD(phase_guidance=[2.0, 4.0]).sampler().guidance_scale == 3.0
     assert gaps[0][0] == gaps[1][0] and gaps[0][1] != pytest.approx(gaps[1][1], rel=0.01)
 
 

@@ -345,6 +345,8 @@ def _impossible(config: Config) -> Iterator[tuple[yamltree.KeyPath, str]]:
         yield ("student", "lora"), "is set, but student.weights is full: set weights: lora, or leave it out"
     if any(form.startswith("lora") for form in config.output.export) and config.student.weights == "full":
         yield ("output", "export"), "a student with full weights cannot be exported as a LoRA: set student.weights: lora"
+    if any(form.startswith("lora") for form in config.output.export) and method.experts() is not None:
+        yield ("output", "export"), "a student of several networks is no single LoRA: use few-step"
     longest = len(method.sampler().times)
     for steps in config.evaluate.steps or ():
         if steps > longest:

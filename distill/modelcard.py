@@ -16,6 +16,7 @@ from distill.sampling import Sampler
 def model_card(
     *, title: str, method: str, teacher_name: str, sampler: Sampler, load: str, pipeline_tag: str, lora: bool,
     also: str | None = None, license: str | None = None, metrics: Sequence[dict[str, Any]] | None = None,
+    networks: str | None = None,
 ) -> str:
     """Markdown with the hub's YAML header.
 
@@ -23,6 +24,7 @@ def model_card(
         load: the code that loads and samples the student.
         also: code that loads it as the few-step pipeline, which needs no arguments.
         license: of the teacher, inherited; left out where unknown.
+        networks: where there are several, which one answers when.
     """
     header: dict[str, Any] = {
         "library_name": "diffusers",
@@ -48,7 +50,8 @@ def model_card(
         f"# {title}",
         f"A {'LoRA' if lora else 'student'} distilled from `{teacher_name}` with `{method}` by distill {__version__}.",
         f"- **Steps**: {steps}\n- **Guidance**: {guidance}\n- **Negative prompts**: ignored\n"
-        f"- **Sampler**: t = {times} of the teacher's schedule; {_noise(sampler.gamma)}",
+        f"- **Sampler**: t = {times} of the teacher's schedule; {_noise(sampler.gamma)}"
+        + (f"\n- **Networks**: {networks}" if networks else ""),
         "## Load it\n```python\n" + load.strip() + "\n```",
     ]
     if also is not None:

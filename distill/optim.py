@@ -33,7 +33,7 @@ def build_optimizer(settings: Settings, parameters: Sequence[nn.Parameter]) -> t
     return torch.optim.SGD(parameters, lr, momentum=betas[0], weight_decay=decay, **how)
 
 
-def rate_at(settings: Settings, step: int, steps: int) -> float:
+def rate_at(settings: Settings, step: float, steps: float) -> float:
     """The factor on the learning rate at a step: linear warm-up, then constant or decayed to zero at the last step."""
     if step < settings.warmup:
         return (step + 1) / settings.warmup

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distill.config import Config
 from distill.data.prompts import read_prompts
 from distill.denoiser import BackboneDenoiser, Condition
+from distill.experts import networks_of
 from distill.methods.base import Batch, Pairs
 from distill.plan_calls import average_calls
 from distill.plan_pipeline import hollow_teacher
@@ -35,6 +36,7 @@ EIGHT_BIT = 2 * (1 + 4 / 256)
 QUANTIZED = {"8bit": 1.0 + 4 / 64, "4bit": 0.5 + 4 / 64, "int8": 1.0 + 4 / 64, "int4": 0.5 + 4 / 128, "float8": 1.0 + 4 / 64}
 #: Libraries of matrix products keep buffers on a GPU.
 CUDA_WORKSPACE = 64 << 20
+LATE = 0.9  #: the progress of the step that is weighed: what a method does at first only may leave out networks
 AVERAGED, OPTIMIZER, DATA = "averaged weights", "optimizer states", "data"
 
 
@@ -184,10 +186,10 @@ def _weights(parts: Parts) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {("shared backbone" if shared else "teacher") + " weights": _tensors_of(parts.teacher.backbone)}
     roles = parts.roles
     for role in ("student", "critic", "winner", "target"):
-        network: Any = getattr(roles, role)
-        if network is not None:
-            adapter = network.backbone is parts.teacher.backbone
-            found[f"{role} weights"] = list(roles.parameters(role)) if adapter else _tensors_of(network.backbone)
+        networks = networks_of(getattr(roles, role))
+        if networks:
+            adapter = networks[0].backbone is parts.teacher.backbone
+            found[f"{role} weights"] = list(roles.parameters(role)) if adapter else [t for n in networks for t in _tensors_of(n.backbone)]
     companions = [t for c in parts.teacher.denoiser.companions for t in _tensors_of(c.module)]
     if companions:
         found["companion weights"] = companions
@@ -208,23 +210,22 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 
 def _networks(parts: Parts) -> list[BackboneDenoiser]:
     """One per backbone."""
-    networks: list[Any] = [getattr(parts.roles, role) for role in ("teacher", "student", "critic", "winner", "target")]
-    return list({id(n.backbone): n for n in networks if n is not None}.values())
+    networks = [n for role in ("teacher", "student", "critic", "winner", "target") for n in networks_of(getattr(parts.roles, role))]
+    return list({id(n.backbone): n for n in networks}.values())
 
 
 def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
     count = {"teacher": sum(t.numel() for t in parts.teacher.backbone.parameters())}
     roles = parts.roles
     if parts.adapters is not None:
-        adapted = [r for r in ("student", "critic", "winner", "target") if getattr(getattr(roles, r), "backbone", None) is parts.teacher.backbone]
+        adapted = [r for r in ("student", "critic", "winner", "target") if any(n.backbone is parts.teacher.backbone for n in networks_of(getattr(roles, r)))]
         count["teacher"] -= sum(p.numel() for role in adapted for p in roles.parameters(role))
     table = {"teacher": {"parameters": count["teacher"], "trained": 0}}
     for role in ("student", "critic", "winner", "target", "discriminator"):
         own = sum(p.numel() for p in roles.parameters(role))
-        network: Any = getattr(roles, role)
-        if network is not None:
-            apart = role != "discriminator" and network.backbone is not parts.teacher.backbone
-            whole = sum(p.numel() for p in network.backbone.parameters()) if apart else own
+        if getattr(roles, role) is not None:
+            apart = [n for n in networks_of(getattr(roles, role)) if n.backbone is not parts.teacher.backbone]
+            whole = sum(p.numel() for n in apart for p in n.backbone.parameters()) if apart else own
             table[role] = {"parameters": whole, "trained": own if role in roles.trained() else 0}
     return table
 
@@ -277,9 +278,10 @@ def _disk(config: Config, parts: Parts, cached: int) -> dict[str, int]:
     held = [p for role in (*roles.trained(), "target") for p in roles.parameters(role)]
     averaged = _averaged_bytes(roles.parameters("student"), Memory.of(config)) if config.student.ema else 0
     checkpoint = sum(p.nbytes for p in held) + averaged + sum(_state_bytes(config, role, roles.parameters(role)) for role in roles.trained())
-    student = parts.student.denoiser
-    with student.use():  # weights in the dtype that they compute in
-        exported = sum(p.nbytes for p in (student.parameters() if parts.adapters is not None else student.backbone.parameters()))
+    exported = 0
+    for student in parts.student.networks:
+        with student.use():  # weights in the dtype that they compute in
+            exported += sum(p.nbytes for p in (student.parameters() if parts.adapters is not None else student.backbone.parameters()))
     return {"checkpoint": checkpoint, "checkpoints": checkpoint * (config.trainer.keep_checkpoints + 1), "cache": cached, "export": exported}
 
 
@@ -294,7 +296,7 @@ def _batch(config: Config, teacher: Teacher, condition: Condition) -> Batch:
     x0 = torch.empty(size, *shape, device="meta", dtype=teacher.denoiser.dtype) if config.method.needs_images() else None
     told = condition[[0] * size] if condition.values else condition
     pairs = Pairs(noise, torch.empty_like(noise), told) if config.method.needs_pairs() is not None else None
-    return Batch(noise, told, x0, pairs=pairs)
+    return Batch(noise, told, x0, LATE, pairs=pairs)
 
 
 def _without_hardware(config: Config) -> Config:

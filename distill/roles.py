@@ -3,7 +3,8 @@
 With full weights each trained role is a copy of the teacher's backbone, in float32 whatever the teacher's dtype (see
 ``masters.py``); where only selected layers are trained, the rest of it is the teacher's own memory; the critic alone may be an
 adapter on the teacher (VSD). With LoRA all of them are adapters on one shared backbone: the teacher is "adapters off", so that
-three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own.
+three networks cost the memory of one (and a few adapters). A student of a smaller architecture is a network of its own. A student of
+several networks (``experts.py``) has a copy, or an adapter, for each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from distill.adapters import Adapters, LoRA
 from distill.denoiser import BackboneDenoiser, Call, Condition, Denoiser
 from distill.errors import UserError
+from distill.experts import Route, Routed
 from distill.losses.adversarial import Discriminator
 from distill.masters import Masters
 from distill.schedule import NoiseSchedule
@@ -48,6 +50,7 @@ class Roles:
     extra: Condition | None = None  #: of ``Method.extra_inputs``
     decode: Callable[[Tensor], Tensor] | None = None  #: x0 → images in [0, 1], differentiable
     together: Together | None = None  #: asks teacher and critic in one call, where the run is to do so
+    forget: Callable[[str], None] | None = None  #: drops what a role's optimizer remembers: its weights begin anew
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -105,7 +108,7 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
     selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, critic_lora: LoRA | None = None,
-    like_teacher: Sequence[str] = ("critic", "winner"),
+    like_teacher: Sequence[str] = ("critic", "winner"), route: Route | None = None,
 ) -> tuple[Roles, Adapters | None]:
     """The teacher and the wanted roles ("student", "critic", "winner", "target"), all starting from the teacher's weights.
 
@@ -118,6 +121,7 @@ def build_roles(
             the student's distribution against the teacher's and keeps the teacher's architecture.
         critic_lora: an adapter on the teacher's own backbone for the critic, beside copies for the others.
         like_teacher: the roles that keep it.
+        route: the student (and target) is made of several networks, among which this chooses.
 
     Raises:
         UserError: if the backbone cannot be given what is asked for.
@@ -126,40 +130,61 @@ def build_roles(
     if lora is not None:
         if guidance_embedding:
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
-        made, adapters = _adapted(denoiser, lora, wanted)
-        return Roles(denoiser, **made), adapters
+        adapted, adapters = _adapted(denoiser, lora, wanted, like_teacher, route)
+        return Roles(denoiser, **adapted), adapters
     trained = None if selection is None else selection.names(denoiser.backbone)
     on_teacher = [role for role in wanted if role == "critic" and critic_lora is not None]
-    made = {}
+    made: dict[str, Any] = {}
     for role in wanted:
         if role in on_teacher:
             continue
         follows_student = role not in like_teacher
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
-        backbone, call = copy_backbone(denoiser.backbone, denoiser.call, embed, trained, changes)
-        chosen = [n for n, _ in backbone.named_parameters() if trained is None or n in trained or (embed and n == GUIDANCE_WEIGHT)]
-        backbone.requires_grad_(False)
-        masters = Masters(backbone, [backbone.get_parameter(n) for n in chosen]) or None
-        own = {n: backbone.get_parameter(n) for n in chosen}
-        for parameter in own.values():
-            parameter.requires_grad_(role != "target")
-        use = nullcontext if masters is None else masters.using
-        made[role] = BackboneDenoiser(backbone, denoiser.schedule, denoiser.kind, call, use, own, masters=masters)
+        copies = [_copied(denoiser, embed, trained, changes, fixed=role == "target") for _ in range(1 if route is None or not follows_student else route.count)]
+        made[role] = _joined(copies, route)
     if critic_lora is None or not on_teacher:
         return Roles(denoiser, **made), None
-    critic, adapters = _adapted(denoiser, critic_lora, on_teacher)  # after the copies, which have none
+    critic, adapters = _adapted(denoiser, critic_lora, on_teacher, like_teacher, None)  # after the copies, which have none
     return Roles(denoiser, **made, **critic), adapters
 
 
-def _adapted(teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str]) -> tuple[dict[str, Any], Adapters]:
+def _copied(
+    teacher: BackboneDenoiser, guidance_embedding: int, trained: Sequence[str] | None, architecture: Mapping[str, Any] | None, fixed: bool
+) -> BackboneDenoiser:
+    """A network of a role's own, started from the teacher's weights; ``fixed``: no gradient changes it."""
+    backbone, call = copy_backbone(teacher.backbone, teacher.call, guidance_embedding, trained, architecture)
+    chosen = [n for n, _ in backbone.named_parameters() if trained is None or n in trained or (guidance_embedding and n == GUIDANCE_WEIGHT)]
+    backbone.requires_grad_(False)
+    masters = Masters(backbone, [backbone.get_parameter(n) for n in chosen]) or None
+    own = {n: backbone.get_parameter(n) for n in chosen}
+    for parameter in own.values():
+        parameter.requires_grad_(not fixed)
+    use = nullcontext if masters is None else masters.using
+    return BackboneDenoiser(backbone, teacher.schedule, teacher.kind, call, use, own, masters=masters)
+
+
+def _joined(networks: Sequence[BackboneDenoiser], route: Route | None) -> Denoiser:
+    """One role of one network or several."""
+    return networks[0] if route is None or len(networks) == 1 else Routed(networks, route)
+
+
+def adapter_name(role: str, k: int) -> str:
+    """Of the adapter of a role's network k, from 0: student, student_2, …"""
+    return role if k == 0 else f"{role}_{k + 1}"
+
+
+def _adapted(
+    teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str], like_teacher: Sequence[str], route: Route | None
+) -> tuple[dict[str, Any], Adapters]:
     """Roles that are adapters on the teacher's backbone; the teacher is "adapters off" from here on."""
-    adapters = Adapters(teacher.backbone, lora, wanted)
+    names = {r: [adapter_name(r, k) for k in range(1 if route is None or r in like_teacher else route.count)] for r in wanted}
+    adapters = Adapters(teacher.backbone, lora, [name for several in names.values() for name in several])
     teacher.use = adapters.use(None)
-    made = {
-        r: BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(r), adapters.named_parameters(r))
-        for r in wanted
-    }
-    return made, adapters
+
+    def network(name: str) -> BackboneDenoiser:
+        return BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(name), adapters.named_parameters(name))
+
+    return {role: _joined([network(name) for name in several], route) for role, several in names.items()}, adapters
 
 
 def copy_backbone(

@@ -25,6 +25,7 @@ from distill.config import Config, load_config
 from distill.config import LoRA as LoRASettings
 from distill.denoiser import BackboneDenoiser, Condition, Denoiser
 from distill.errors import UserError
+from distill.experts import ByCondition, Routed, find_route, networks_of
 from distill.loading import load_pipeline
 from distill.losses.adversarial import Discriminator, condition_vector, feature_body
 from distill.memory import Offload, checkpoint_activations, offload
@@ -92,7 +93,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
         critic_lora=_settings(config.critic.lora) if config.critic.weights == "lora" else None,
-        like_teacher=method.like_teacher,
+        like_teacher=method.like_teacher, route=find_route(method.experts(), teacher),
     )
     if adapters is None and bits != "none":  # the copies have been made
         quantize(teacher.backbone, bits, teacher.device)
@@ -105,7 +106,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     roles.extra = _extra_conditions(method, teacher)
     roles.discriminator = _discriminator(method, teacher, roles)
     roles.decode = teacher.decode_with_gradient
-    assert isinstance(roles.student, BackboneDenoiser)
+    assert isinstance(roles.student, BackboneDenoiser | Routed)
     own = adapters if student.weights == "lora" else None
     return Parts(teacher, roles, adapters, Student(teacher, roles.student, method.sampler(), own), waiting)
 
@@ -173,7 +174,7 @@ def _together(teacher: Teacher, roles: Roles, adapters: Adapters) -> Together:
 def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapters | None) -> list[Offload]:
     """Apply the trainer's memory options to the networks; those that now wait on the CPU."""
     settings = config.trainer
-    networks = [n for n in (roles.teacher, roles.student, roles.critic, roles.winner, roles.target) if isinstance(n, BackboneDenoiser)]
+    networks = [n for role in (roles.teacher, roles.student, roles.critic, roles.winner, roles.target) for n in networks_of(role)]
     apart = list({id(n.backbone): n for n in networks}.values())  #: one per backbone
     for network in apart:
         use_attention(network.backbone, settings.attention, teacher.device)
@@ -184,8 +185,8 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
         _checkpoint(teacher, roles.student, apart, adapters)
     if not settings.offload:
         return []
-    busy = [p for n in networks if n not in (roles.teacher, roles.target) for p in n.backbone.parameters()]
-    idle = [n for n in networks if n in (roles.teacher, roles.target)]
+    idle = [*networks_of(roles.teacher), *networks_of(roles.target)]
+    busy = [p for n in networks if n not in idle for p in n.backbone.parameters()]
     return [waiting for n in idle if (waiting := offload(n, busy, teacher.device)) is not None]
 
 
@@ -276,11 +277,18 @@ def load_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Stud
     saved = checkpoint.steps(folder / "checkpoints")
     if not saved:
         raise UserError(f"{folder} has no checkpoint yet: train it first (distill train {folder} --resume)")
-    tensors, _ = checkpoint.load(folder / "checkpoints", saved[-1])
+    tensors, facts = checkpoint.load(folder / "checkpoints", saved[-1])
     parts = build(config, device)
+    restore_route(parts.roles, facts)
     source = "ema" if config.student.ema else "student"
     restore(parts.student.denoiser.named_parameters(), tensors, source)
     return parts.student, config
+
+
+def restore_route(roles: Roles, facts: dict[str, Any]) -> None:
+    """The partition of conditions that a checkpoint's networks were trained for."""
+    if isinstance(roles.student, Routed) and facts.get("route") is not None:
+        roles.student.route = ByCondition.from_facts(facts["route"])
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill.errors import UserError
@@ -58,7 +57,7 @@ def _slice(weights: Mapping[str, Tensor], source: str, name: str, like: Tensor) 
     if any(small > large for small, large in zip(like.shape, value.shape, strict=True)):
         shapes = " instead of ".join("×".join(map(str, s)) for s in (like.shape, value.shape))
         raise UserError(f"student.architecture: {name} would grow ({shapes}): sizes can only shrink")
-    return value[tuple(slice(n) for n in like.shape)].to(torch.device("cpu"))
+    return value[tuple(slice(n) for n in like.shape)].to(like.device)
 
 
 def source_of(name: str, student: nn.Module, teacher: nn.Module) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from distill.adapters import Adapters
 from distill.denoiser import BackboneDenoiser, Condition
+from distill.errors import UserError
+from distill.experts import Routed, networks_of
 from distill.sampling import Sampler, renoise_sample
 from distill.teacher import Teacher
 
@@ -20,14 +22,30 @@ class Student:
     """A student beside the teacher whose pipeline (encoders, decoder, scheduler's schedule) it shares.
 
     Args:
-        denoiser: its backbone; for a LoRA student the shared backbone with the adapter named "student" in use.
+        denoiser: its backbone, or several; for a LoRA student the shared backbone with the adapter named "student" in use.
         adapters: the adapters of a LoRA student, None for full weights.
     """
 
     teacher: Teacher
-    denoiser: BackboneDenoiser
+    denoiser: BackboneDenoiser | Routed
     sampler: Sampler
     adapters: Adapters | None = None
+
+    @property
+    def networks(self) -> list[BackboneDenoiser]:
+        """Those that it is made of."""
+        return networks_of(self.denoiser)
+
+    @property
+    def network(self) -> BackboneDenoiser:
+        """The one that it is made of.
+
+        Raises:
+            UserError: if there are several.
+        """
+        if len(self.networks) > 1:
+            raise UserError(f"a student of {len(self.networks)} networks is no single LoRA: use --to few-step")
+        return self.networks[0]
 
     @torch.no_grad()
     def sample(

@@ -26,13 +26,13 @@ from distill import checkpoint
 from distill.config import Config
 from distill.data.loader import cache_folder, load_data
 from distill.data.pairs import PairData, make_pairs
-from distill.denoiser import BackboneDenoiser
 from distill.errors import UserError
+from distill.experts import ByTime, Routed, networks_of, of_prompts
 from distill.logs import RunLog
 from distill.methods.base import Batch
 from distill.optim import build_optimizer, rate_at
 from distill.roles import average
-from distill.run import DTYPES, Parts, build, mixed_precision, restore
+from distill.run import DTYPES, Parts, build, mixed_precision, restore, restore_route
 
 MAX_BAD_STEPS = 10  #: this many updates in a row with a loss or gradient that is not finite stop the run
 
@@ -68,6 +68,8 @@ class Trainer:
         self.roles = self.parts.roles
         with self.accelerator.main_process_first():  # the others find everything in the cache
             self.data = load_data(config.data, self.parts.teacher, self.method.needs_images(), seed=config.seed)
+        if isinstance(student := self.roles.student, Routed):
+            student.route = of_prompts(student.route, self.data.told, len(self.data)) or student.route
         self.pairs = self._make_pairs()
         self.parts.teacher.rest_encoders(but_decoder=self.method.needs_decoder())
         self.parameters = {role: self.roles.parameters(role) for role in self.roles.trained()}
@@ -75,8 +77,9 @@ class Trainer:
             role: self.accelerator.prepare(build_optimizer(config.optimizers.of(role), parameters))
             for role, parameters in self.parameters.items()
         }
-        student = self.parts.student.denoiser.named_parameters()
-        self.ema = {k: self._averaged_copy(v) for k, v in student.items()} if config.student.ema else {}
+        self.roles.forget = lambda role: self.optimizers[role].state.clear()
+        named = self.parts.student.denoiser.named_parameters()
+        self.ema = {k: self._averaged_copy(v) for k, v in named.items()} if config.student.ema else {}
         self.start = 0
         self.bad_steps = dict.fromkeys(self.parameters, 0)
         self._signal: int | None = None
@@ -178,11 +181,11 @@ class Trainer:
         parameters, optimizer = self.parameters[role], self.optimizers[role]
         settings = self.config.optimizers.of(role)
         if self.accelerator.num_processes > 1:
-            for p in parameters:
-                if p.grad is not None:
-                    p.grad = self.accelerator.reduce(p.grad, "mean")
+            self._share_gradients(parameters)
+        steps = self.config.trainer.steps
+        start, end = self.method.stretch(step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate_at(settings, step, self.config.trainer.steps)
+            group["lr"] = settings.lr * rate_at(settings, step - start * steps, (end - start) * steps)
         self.accelerator.unscale_gradients(optimizer)
         limit = settings.clip or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
@@ -198,6 +201,13 @@ class Trainer:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _share_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """The mean over the processes. Some of a student's networks may have had no sample in this one's batch, but in another's."""
+        there = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        for p, count in zip(parameters, self.accelerator.reduce(there, "sum").tolist(), strict=True):
+            if count:
+                p.grad = self.accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
 
     def _follow(self, step: int, progress: float) -> None:
         """After a student update: the averaged weights and the method's target."""
@@ -264,11 +274,14 @@ class Trainer:
             tensors |= checkpoint.optimizer_tensors(optimizer, f"optimizer.{role}")
         tensors |= {f"state/{k}": v for k, v in self.roles.state.items()}
         scaler = self.accelerator.scaler
-        facts = {"scaler": scaler.state_dict() if scaler is not None else None, "bad_steps": self.bad_steps}
+        facts: dict[str, Any] = {"scaler": scaler.state_dict() if scaler is not None else None, "bad_steps": self.bad_steps}
+        if isinstance(self.roles.student, Routed) and not isinstance(self.roles.student.route, ByTime):
+            facts["route"] = self.roles.student.route.facts()
         checkpoint.save(self.folder / "checkpoints", step, tensors, facts, self.config.trainer.keep_checkpoints)
 
     def _load(self, step: int) -> None:
         tensors, facts = checkpoint.load(self.folder / "checkpoints", step)
+        restore_route(self.roles, facts)
         for role in (*self.parameters, *(("target",) if self.roles.target is not None else ())):
             restore(self.roles.named_parameters(role), tensors, role)
         for role, optimizer in self.optimizers.items():
@@ -284,8 +297,8 @@ class Trainer:
     # -- odds and ends --------------------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
-        networks = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.winner, self.roles.target)
-        for backbone in {id(n.backbone): n.backbone for n in networks if isinstance(n, BackboneDenoiser)}.values():
+        roles = (self.roles.teacher, self.roles.student, self.roles.critic, self.roles.winner, self.roles.target)
+        for backbone in {id(n.backbone): n.backbone for role in roles for n in networks_of(role)}.values():
             backbone.compile()
 
     def _asked_to_stop(self) -> int | None:

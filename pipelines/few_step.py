@@ -4,12 +4,16 @@
     image = pipe("a red apple").images[0]
 
 The times that the student was trained for, its number of steps and its guidance are written below, whatever they are: no
-stock scheduler has to know them. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
+stock scheduler has to know them. A student may consist of several networks, of which each step or each condition asks one: they are
+components too. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import json
+import pathlib
 
 import torch
 from diffusers import ConfigMixin
@@ -92,6 +96,12 @@ class FewStepScheduler(StockScheduler, ConfigMixin):
     def begin_index(self):
         return self._begin_index
 
+    @property
+    def place(self):
+        """Where in the ladder the next step is."""
+        step = self._step_index if self._step_index is not None else self._begin_index or 0
+        return self._chosen[min(step, len(self._chosen) - 1)]
+
     def set_begin_index(self, begin_index=0):
         self._begin_index = begin_index
 
@@ -147,22 +157,76 @@ class FewStepScheduler(StockScheduler, ConfigMixin):
         return self.config.num_train_timesteps
 
 
+def vectors_of(value):
+    """A condition as (batch, d): a class's number as it is, embeddings of tokens by their mean."""
+    if isinstance(value, torch.Tensor):
+        return value.float().reshape(len(value), -1, 1 if value.dim() == 1 else value.shape[-1]).mean(1)
+    return torch.stack([entry.float().reshape(-1, entry.shape[-1]).mean(0) for entry in value])
+
+
+def parts_of(vectors, axes, thresholds):
+    """The part of the conditions that each lies in: split m lies between the parts below m and the others."""
+    beyond = (vectors @ torch.tensor(axes).to(vectors).T > torch.tensor(thresholds).to(vectors)).tolist()
+    parts = []
+    for sides in beyond:
+        low, high = 0, len(thresholds) + 1
+        while high - low > 1:
+            split = (low + high) // 2
+            low, high = (split, high) if sides[split - 1] else (low, split)
+        parts.append(low)
+    return parts
+
+
+def rows_of(value, rows, batch):
+    """Some samples of all arguments that have a row or an entry for each."""
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.dim() and len(value) == batch else value
+    if isinstance(value, dict):
+        return {key: rows_of(v, rows, batch) for key, v in value.items()}
+    if isinstance(value, list) and len(value) == batch and all(isinstance(v, torch.Tensor) for v in value):
+        return [value[i] for i in rows]
+    return type(value)(rows_of(v, rows, batch) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def joined(answers, order):
+    """The answers to parts of a batch as one, in the batch's order."""
+    first = answers[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(answers)[order]
+    if isinstance(first, dict):
+        return type(first)(**{key: joined([a[key] for a in answers], order) for key in first})
+    if isinstance(first, tuple):
+        return tuple(joined(list(column), order) for column in zip(*answers, strict=True))
+    if isinstance(first, list):
+        entries = [entry for answer in answers for entry in answer]
+        return [entries[i] for i in order]
+    return first
+
+
 class FewStepPipeline(Stock):
     """The stock pipeline, sampling as the student was trained to."""
 
     # A class attribute: two such files loaded in one process share their module's globals, not their classes.
-    settings = SETTINGS
+    settings, source = SETTINGS, pathlib.Path(__file__).read_text(encoding="utf-8")
 
     @functools.wraps(Stock.__init__)
     def __init__(self, *args, **kwargs):
+        experts = {name: kwargs.pop(name) for name in self.settings.get("experts", {}).get("others", ())}
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         name = self.settings.get("component", "scheduler")
         # Before anything else: the stages of a cascade are pipelines of their own, made of these parts.
         given.arguments[name] = self.few_step_scheduler(given.arguments[name])
         super().__init__(*given.args, **given.kwargs)
         self.register_modules(**{name: self.few_step_scheduler(getattr(self, name))})  # some classes make one of their own
+        self.register_modules(**experts)
         for attribute, value in self.settings.get("attributes", {}).items():
             setattr(self, attribute, ast.literal_eval(value))
+
+    # diffusers takes the components from here: the networks beside the stock class's one.
+    _arguments = list(inspect.signature(Stock.__init__).parameters.values())
+    _experts = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in SETTINGS.get("experts", {}).get("others", ())]
+    _last = len(_arguments) - (_arguments[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    __init__.__signature__ = inspect.Signature([*_arguments[:_last], *_experts, *_arguments[_last:]])
 
     def few_step_scheduler(self, stock):
         """The student's scheduler in place of a stock one."""
@@ -171,7 +235,28 @@ class FewStepPipeline(Stock):
         scheduler = FewStepScheduler(**self.settings["scheduler"])
         others = {k: v for k, v in stock.config.items() if k not in scheduler.config and not k.startswith("_")}
         scheduler.register_to_config(**others)  # pipelines read what they need of it
+        scheduler.stock = stock
         return scheduler
+
+    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
+        """As ever, with this file in the folder: it loads as this one did."""
+        if push_to_hub:
+            raise ValueError("pipe.push_to_hub(name) sends this file along, save_pretrained(push_to_hub=True) does not")
+        name, folder = self.settings.get("component", "scheduler"), pathlib.Path(save_directory)
+        ours = getattr(self, name)
+        self.register_modules(**{name: ours.stock})  # diffusers loads classes of its own alone
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.register_modules(**{name: ours})
+        (folder / "pipeline.py").write_text(self.source, encoding="utf-8")
+        stock = type(self).__mro__[1]
+        if not stock.__module__.startswith("diffusers."):
+            beside = pathlib.Path(inspect.getfile(stock))
+            (folder / beside.name).write_bytes(beside.read_bytes())
+        index = folder / "model_index.json"
+        facts = json.loads(index.read_text(encoding="utf-8")) | {"_class_name": ["pipeline", "FewStepPipeline"]}
+        index.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def on(cls, pipe):
@@ -196,7 +281,47 @@ class FewStepPipeline(Stock):
                 given.arguments[name] = value
         getattr(self, settings.get("component", "scheduler")).generator = given.arguments.get("generator")
         ordered = inspect.BoundArguments(signature, {n: given.arguments[n] for n in signature.parameters if n in given.arguments})
-        return stock(*ordered.args, **ordered.kwargs)
+        with self.experts_at_work():
+            return stock(*ordered.args, **ordered.kwargs)
+
+    @contextlib.contextmanager
+    def experts_at_work(self):
+        """Calls of the backbone go to the network whose step or whose condition it is."""
+        told = self.settings.get("experts")
+        if told is None:
+            yield
+            return
+        backbone = getattr(self, told["component"])
+        networks = [backbone, *(getattr(self, name) for name in told["others"])]
+        hidden, own = backbone.__dict__.get("forward"), backbone.forward
+
+        def ask(k, args, kwargs):
+            return networks[k](*args, **kwargs) if k else own(*args, **kwargs)
+
+        @functools.wraps(own)
+        def forward(*args, **kwargs):
+            if "steps" in told:
+                scheduler = getattr(self, self.settings.get("component", "scheduler"))
+                return ask(told["steps"][scheduler.place], args, kwargs)
+            given = {**inspect.signature(own).bind_partial(*args, **kwargs).arguments, **kwargs}
+            for key in told["argument"].split("."):
+                given = given[key]
+            chosen = parts_of(vectors_of(given), told["axes"], told["thresholds"])
+            if len(set(chosen)) == 1:
+                return ask(chosen[0], args, kwargs)
+            rows = [[i for i, k in enumerate(chosen) if k == network] for network in sorted(set(chosen))]
+            answers = [ask(chosen[r[0]], rows_of(args, r, len(chosen)), rows_of(kwargs, r, len(chosen))) for r in rows]
+            order = [i for r in rows for i in r]
+            return joined(answers, [order.index(i) for i in range(len(order))])
+
+        backbone.forward = forward
+        try:
+            yield
+        finally:
+            if hidden is None:
+                del backbone.forward
+            else:
+                backbone.forward = hidden
 
     _parameters = inspect.signature(Stock.__call__).parameters.values()
     __call__.__signature__ = inspect.Signature(

@@ -121,5 +121,17 @@ def test_one_process_writes_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
         torch.testing.assert_close(b[name], value, rtol=0, atol=1e-6)
 
 
+def test_networks_that_one_process_has_no_sample_for(tmp_path: Path) -> None:
+    """With one sample each, every step leaves a process without one for at least one of the two students; both are trained."""
+    recipe = write(tmp_path, "msd, critic_steps: 1")
+    recipe.write_text(recipe.read_text().replace("batch_size: 4", "batch_size: 1").replace("metrics: [fd-digits], ", ""))
+    done = launch(["-m", "distill", "train", str(recipe)])
+    assert done.returncode == 0, done.stderr
+    tensors, _ = checkpoint.load(tmp_path / "run" / "checkpoints", 4)
+    first, second = (tensors[f"student/{k}.conv_in.weight"] for k in (1, 2))
+    states = [tensors[name] for name in tensors if name.startswith("optimizer.student") and name.endswith("exp_avg")]
+    assert not torch.equal(first, second) and len(states) == sum(name.startswith("student/") for name in tensors)
+
+
 if __name__ == "__main__":
     gradients(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

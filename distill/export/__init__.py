@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.experts import Routed
 from distill.export import assembly, few_step, kohya, words
 from distill.export.assembly import carry_code
 from distill.export.calls import Plain, call_guidance, plain_call
@@ -55,11 +56,13 @@ def export_diffusers(
     The few-step pipeline file is laid beside it, for those who want ``pipe(prompt)`` to need no arguments.
 
     Raises:
-        NoStockScheduler: if no stock scheduler reproduces the sampler.
+        NoStockScheduler: if no stock scheduler reproduces the sampler, or the student is made of several networks.
         UserError: if the folder cannot be written, or it holds something that is not an export (or is one, and
             ``overwrite`` is not set); if what was written is not the student.
     """
     check_shard_size(format.max_shard_size)
+    if isinstance(student.denoiser, Routed):
+        raise NoStockScheduler(f"no stock pipeline chooses among {len(student.networks)} networks: use --to few-step")
     with writing(folder, overwrite) as temporary:
         backbone = assembly.merged(student)
         stock = choose(student, lambda scheduler: assembly.assemble(student, backbone, scheduler))
@@ -97,12 +100,13 @@ def export_few_step(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
-        pipeline = assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student))
+        pipeline = assembly.with_experts(student, assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student)))
         _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         few_step.name_class(temporary)
-        changed = (student.teacher.backbone_name, student.teacher.scheduler_name)
+        networks = student.denoiser.component_names(student.teacher.backbone_name) if isinstance(student.denoiser, Routed) else ()
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name, *networks)
         every: dict[int, dict[str, Any]] = {n: {} for n in range(1, len(student.sampler.times) + 1)}
 
         def check(written: dict[str, Any]) -> None:
@@ -141,7 +145,7 @@ def check_forms(student: Student, forms: Sequence[str]) -> None:
         UserError: if no kohya names are known for the backbone, or for a layer that is trained.
     """
     if "lora-kohya" in forms and student.adapters is not None:
-        kohya.modules(student.denoiser.backbone, student.adapters.targets)
+        kohya.modules(student.network.backbone, student.adapters.targets)
 
 
 def load_export(folder: Path, **options: Any) -> Any:
@@ -183,5 +187,5 @@ def _card(student: Student, method: str, teacher_name: str, load: str, metrics: 
     return model_card(
         title=f"{Path(teacher_name).name}, distilled", method=method, teacher_name=teacher_name, sampler=student.sampler,
         load=load, also=also, pipeline_tag="text-to-image" if text else "unconditional-image-generation", lora=False,
-        license=license_of(find(teacher_name)), metrics=metrics,
+        license=license_of(find(teacher_name)), metrics=metrics, networks=words.networks(student),
     )

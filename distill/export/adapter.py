@@ -45,7 +45,7 @@ def adapted_layers(student: Student) -> dict[str, Layer]:
     """The student's adapter by the names of its layers, on the CPU."""
     assert student.adapters is not None
     settings = student.adapters.settings
-    parameters = {n: p.detach().cpu().clone() for n, p in student.denoiser.named_parameters().items()}
+    parameters = {n: p.detach().cpu().clone() for n, p in student.network.named_parameters().items()}
     layers = {}
     for name in parameters:
         if not name.endswith(".lora_A.weight"):

@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 from torch import nn
 
 from distill.errors import UserError
+from distill.experts import Routed
 from distill.export.calls import call_guidance
 from distill.loading import SHIPPED_PIPELINES, quiet, shipped_pipeline
 from distill.resources import resource
+from distill.roles import adapter_name
 from distill.student import Student
 
 
@@ -35,6 +38,30 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
     else:
         guiding, backbone_name, scheduler_name = _guiders_off(student), student.teacher.backbone_name, student.teacher.scheduler_name
         made = remake(_class_of(student), pipeline, {**pipeline.components, **guiding, backbone_name: backbone, scheduler_name: scheduler})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def with_experts(student: Student, pipeline: Any) -> Any:
+    """The pipeline with the student's further networks as components, in a class of the same name: what is saved."""
+    if not isinstance(student.denoiser, Routed):
+        return pipeline
+    names = student.denoiser.component_names(student.teacher.backbone_name)
+    others = {name: merged(student, k) for k, name in enumerate(names) if k}
+    cls = type(pipeline)
+    stock = inspect.signature(cls.__init__)
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in others}
+        cls.__init__(self, *args, **kwargs)
+        self.register_modules(**own)
+
+    given = list(stock.parameters.values())
+    last = len(given) - (given[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    init.__signature__ = stock.replace(parameters=[*given[:last], *ours, *given[last:]])  # type: ignore[attr-defined]
+    several = types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(__init__=init, __module__=cls.__module__))
+    made = remake(several, pipeline, {**pipeline.components, **others})
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -98,28 +125,29 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
-def merged(student: Student) -> nn.Module:
-    """The backbone as it is handed back: with the student's adapter merged, on a copy; full weights in the teacher's dtype, the
+def merged(student: Student, k: int = 0) -> nn.Module:
+    """The backbone (network k of several) as it is handed back: with the student's adapter merged, on a copy; full weights in the teacher's dtype, the
     backbone itself where it has no other."""
     if student.adapters is not None:
-        return _without_adapters(student, merge=True)
-    masters = student.denoiser.masters
-    return student.denoiser.backbone if masters is None else masters.narrow_copy(student.denoiser.backbone)
+        return _without_adapters(student, adapter_name("student", k))
+    network = student.networks[k]
+    return network.backbone if network.masters is None else network.masters.narrow_copy(network.backbone)
 
 
 def bare(student: Student) -> nn.Module:
     """A copy of a LoRA student's backbone with all adapters taken off: the teacher's."""
-    return _without_adapters(student, merge=False)
+    return _without_adapters(student, None)
 
 
-def _without_adapters(student: Student, merge: bool) -> nn.Module:
+def _without_adapters(student: Student, merge: str | None) -> nn.Module:
+    """A copy; ``merge``: the adapter that becomes part of its weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    backbone = copy.deepcopy(student.denoiser.backbone)
+    backbone = copy.deepcopy(student.networks[0].backbone)
     for name, layer in list(backbone.named_modules()):
         if isinstance(layer, BaseTunerLayer):
-            if merge:
-                layer.merge(safe_merge=False, adapter_names=["student"])
+            if merge is not None:
+                layer.merge(safe_merge=False, adapter_names=[merge])
             parent, _, attribute = name.rpartition(".")
             setattr(backbone.get_submodule(parent), attribute, layer.get_base_layer())
     if hasattr(backbone, "peft_config"):

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from distill.experts import ByCondition, Routed
 from distill.sampling import Sampler
 from distill.student import Student
 
@@ -44,12 +45,14 @@ def fixed_arguments(student: Student) -> dict[str, Any]:
 
 
 def probe_inputs(student: Student) -> list[Any]:
-    """Inputs for a trial run: two, so that a batch is tried, where the pipeline takes several at once (and the teacher's
-    fixed arguments are no tensors or images for one sample)."""
+    """Inputs for a trial run: two (or one of each part of the conditions that has a network of its own), so that a batch is
+    tried, where the pipeline takes several at once (and the teacher's fixed arguments are no tensors or images for one sample)."""
     teacher = student.teacher
     several = teacher.batched and all(isinstance(v, (bool, int, float, str, type(None))) for v in fixed_arguments(student).values())
     several = several and takes(teacher.pipeline, teacher.input_name or "batch_size")
-    return [student.teacher.placeholder()] * (2 if several else 1)
+    route = student.denoiser.route if isinstance(student.denoiser, Routed) else None
+    inputs = (route.examples if isinstance(route, ByCondition) else None) or [teacher.placeholder()] * 2  # each network is tried
+    return list(inputs) if several else inputs[-1:]
 
 
 def call_arguments(student: Student, pipeline: Any, inputs: Sequence[Any], steps: int, plain: Plain) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.denoiser import Condition
 from distill.errors import UserError
+from distill.experts import ByCondition, Routed
 from distill.export import assembly
 from distill.export.assembly import edit_index
 from distill.export.calls import Plain, guidance_off
@@ -50,10 +52,22 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
         "call": call,
         "fixed": fixed,
     }
+    if isinstance(student.denoiser, Routed):
+        settings["experts"] = _experts(student.denoiser, student)
     component, attributes = student.teacher.scheduler_name, assembly.attributes(student.teacher.pipeline)
     settings |= {"component": component} if component != "scheduler" else {}
     settings |= {"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {}
     return dict(json.loads(json.dumps(settings)))  # as distill.json will have it: tuples are lists
+
+
+def _experts(several: Routed, student: Student) -> dict[str, Any]:
+    """Which network of several answers: by place in the ladder, or by condition."""
+    component, *others = several.component_names(student.teacher.backbone_name)
+    named: dict[str, Any] = {"component": component, "others": others}
+    route = several.route
+    if isinstance(route, ByCondition):
+        return named | {"argument": route.path, "axes": route.axes.tolist(), "thresholds": route.thresholds.tolist()}
+    return named | {"steps": route.choose(torch.tensor(student.sampler.times, dtype=torch.float64), Condition()).tolist()}
 
 
 def _unusual(student: Student) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def export_lora(
 
 def _stock(student: Student) -> Stock | None:
     try:
-        return choose(student, lambda scheduler: assembly.assemble(student, student.denoiser.backbone, scheduler))
+        return choose(student, lambda scheduler: assembly.assemble(student, student.network.backbone, scheduler))
     except NoStockScheduler:
         return None
 
@@ -90,7 +90,7 @@ def _write_weights(student: Student, folder: Path, form: str, layers: dict[str, 
         _write_peft(student, folder, layers)
         return
     if form == "kohya":
-        weights = kohya.weights(student.denoiser.backbone, layers)
+        weights = kohya.weights(student.network.backbone, layers)
         first = next(iter(layers.values()))
         facts = {"format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(first.rank), "ss_network_alpha": f"{first.alpha:g}"}
     else:
@@ -137,9 +137,9 @@ def _prove(student: Student, folder: Path, pipeline: Any, form: str, layers: dic
     if form == "kohya":
         from safetensors.torch import load_file
 
-        check_same(layers, kohya.deltas(student.denoiser.backbone, load_file(folder / FILE)), student.denoiser.backbone)
+        check_same(layers, kohya.deltas(student.network.backbone, load_file(folder / FILE)), student.network.backbone)
         dora = any(layer.magnitude is not None for layer in layers.values())
-        if dora or type(student.denoiser.backbone).__name__ not in CONVERTED:
+        if dora or type(student.network.backbone).__name__ not in CONVERTED:
             return  # diffusers drops kohya's dora_scale, and ignores the names of other backbones without a word
     if form == "peft":
         from peft import PeftModel
@@ -150,7 +150,7 @@ def _prove(student: Student, folder: Path, pipeline: Any, form: str, layers: dic
             with quiet():
                 pipeline.load_lora_weights(str(folder))
         except Exception as error:  # a loader may refuse in any way
-            if form == "kohya" and type(student.denoiser.backbone).__name__ == "FluxTransformer2DModel":
+            if form == "kohya" and type(student.network.backbone).__name__ == "FluxTransformer2DModel":
                 return  # diffusers knows the sizes of the published Flux models only
             raise UserError(f"the exported LoRA could not be loaded again ({str(error).splitlines()[0][:200]}): not written") from error
     with torch.no_grad():

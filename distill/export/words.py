@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.experts import ByTime, Routed
 from distill.export.assembly import attributes, is_plain
 from distill.export.calls import fixed_arguments
 from distill.export.proof import absent
@@ -27,6 +28,19 @@ def _shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_shown(v) for v in value) + "]"
     return repr(value) if isinstance(value, (bool, int, str, type(None))) else "…"
+
+
+def networks(student: Student) -> str | None:
+    """For the model card: which of several networks answers; None for one."""
+    if not isinstance(student.denoiser, Routed):
+        return None
+    names, route = student.denoiser.component_names(student.teacher.backbone_name), student.denoiser.route
+    if isinstance(route, ByTime):
+        return "; ".join(f"`{name}` from t = {start:g}" for name, start in zip(names, route.starts, strict=True)) + " on"
+    if student.teacher.input_name != "class_labels":
+        return f"{', '.join(f'`{name}`' for name in names)}, each for a part of all prompts"
+    classes = [*route.examples, student.teacher.classes or route.examples[-1] + 1]
+    return "; ".join(f"`{name}` for the classes {classes[k]} to {classes[k + 1] - 1}" for k, name in enumerate(names))
 
 
 def seed_note(generator_used: bool, gamma: float, steps: int) -> str:

@@ -3,4 +3,5 @@
     times.py       the law of the noise level t            rollout.py    which student sample is judged
     objectives.py  what the score difference is made into  critic.py     what the critic learns, and how often
     adversary.py   the discriminator                       terms.py      auxiliary losses
+    refusals.py    what makes no sense
 """

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distill.denoiser import Condition
 from distill.errors import UserError
+from distill.experts import Routed
 from distill.imports import import_object
 from distill.losses.drifting import Kernel, coverage_loss, drifting_loss
 from distill.losses.metrics import find_distance, known_distance
@@ -95,13 +96,15 @@ class Regression(Term):
         roles, pairs = context.roles, context.batch.pairs
         assert pairs is not None
         start = torch.full((len(pairs.noise),), context.start, dtype=torch.float64, device=pairs.noise.device)
-        x, wanted = roles.student(pairs.noise * roles.schedule.initial_scale, start, pairs.condition), pairs.x0.float()
-        if self.needs_decoder:
-            assert roles.decode is not None
+        noise, wanted, decode = pairs.noise * roles.schedule.initial_scale, pairs.x0.float(), roles.decode if self.needs_decoder else None
+        if decode is not None:
             with torch.no_grad():
-                wanted = roles.decode(wanted)
-            x = roles.decode(x)
-        return find_distance(self.metric)(x, wanted).mean()
+                wanted = decode(wanted)
+        # Students for parts of the conditions (MSD) all learn every pair: those of its own part alone make a student lose modes.
+        networks = roles.student.experts if isinstance(roles.student, Routed) else [roles.student]
+        made = (network(noise, start, pairs.condition) for network in networks)
+        distances = [find_distance(self.metric)(x if decode is None else decode(x), wanted).mean() for x in made]
+        return torch.stack(distances).mean()
 
 
 class Denoising(Term):

@@ -110,3 +110,8 @@ def draw_times(
         over = level(middle) > wanted
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     return (low + high) / 2
+
+
+def scope_of(law: TimeLaw) -> Scope | None:
+    """How it is narrowed for each sample."""
+    return law.scope if isinstance(law, Times) else None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from distill.denoiser import Condition
+from distill.experts import ByTime, Partition
 from distill.roles import Roles
 from distill.sampling import Sampler
 
@@ -88,6 +89,14 @@ class Method(BaseModel):
     def guidance_embedding(self) -> int:
         """Width of the student's guidance embedding; 0 for none."""
         return 0
+
+    def experts(self) -> ByTime | Partition | None:
+        """Of which networks the student is made, each for some noise levels or some conditions; None: of one."""
+        return None
+
+    def stretch(self, progress: float) -> tuple[float, float]:
+        """Start and end of the part of the training, 0 to 1, in which learning rates warm up and decay now: all of it."""
+        return 0.0, 1.0
 
     def target_decay(self, progress: float) -> float:
         """EMA decay of the target role after each student update; 0: the student's own weights; 1: the method itself sets it."""

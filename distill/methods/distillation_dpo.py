@@ -30,7 +30,7 @@ from distill.errors import UserError
 from distill.imports import import_object
 from distill.matching.critic import Adaptive, denoising_loss
 from distill.matching.objectives import injected
-from distill.matching.rollout import Sample
+from distill.matching.rollout import ODE, Sample
 from distill.matching.times import draw_times
 from distill.methods.base import Batch, Update
 from distill.methods.distribution import DistributionMatching
@@ -58,8 +58,8 @@ class DistillationDPO(DistributionMatching):
 
     @model_validator(mode="after")
     def _two_critics(self) -> DistillationDPO:
-        if self.objective != "kl" or self.divergence != "reverse_kl" or self.rollout == "trajectory":
-            raise ValueError("a preference is a difference of scores on clean samples: objective kl, divergence reverse_kl, any rollout but trajectory")
+        if self.objective != "kl" or self.divergence != "reverse_kl" or self.rollout in ODE:
+            raise ValueError("a preference is a difference of scores on clean samples: objective kl, divergence reverse_kl, a rollout to clean samples")
         if self.critic_guidance_scale != 1.0 or self.critic_training_guidance != 1.0:
             raise ValueError("the two critics are compared with each other, unguided: leave out the critic's guidance")
         if isinstance(self.critic_steps, Adaptive):

@@ -29,9 +29,10 @@ from distill.losses.metrics import batch_mean_abs
 from distill.matching.adversary import GAN, discriminator_loss, judged, student_loss
 from distill.matching.critic import Adaptive, CriticTarget, denoising_loss, published_tdm_loss
 from distill.matching.objectives import LIVE, Objective, expanded_loss, injected, shaped, sid_loss, sim_loss
-from distill.matching.rollout import Rollout, Sample, roll_out
+from distill.matching.refusals import refusals
+from distill.matching.rollout import ODE, Rollout, Sample, roll_out
 from distill.matching.terms import AnyTerm, Context
-from distill.matching.times import Range, Scope, TimeLaw, Times, UnitInterval, draw_times
+from distill.matching.times import Range, TimeLaw, Times, UnitInterval, draw_times, scope_of
 from distill.methods.base import Batch, Method, PairsWanted, Update
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
@@ -97,44 +98,8 @@ class DistributionMatching(Method):
 
     @model_validator(mode="after")
     def _possible(self) -> DistributionMatching:
-        if self.objective == "none" and self.gan is None and not self.terms:
-            raise ValueError("objective none leaves nothing to train the student with: add a gan section or terms")
-        if self.needs_ratio and self.gan is None:
-            raise ValueError(f"divergence {self.divergence} needs a density ratio: add a gan section, or use reverse_kl")
-        if self.needs_ratio and self.gan is not None and self.gan.loss != "logistic":
-            raise ValueError(f"divergence {self.divergence} reads logits as a density ratio, which {self.gan.loss} logits are not: set gan.loss to logistic")
-        if self.divergence != "reverse_kl" and self.objective in ("sid", "sim", "none"):
-            raise ValueError(f"objective {self.objective} has no choice of divergence: use kl or expanded")
-        if self.times is not None and (len(self.times) != self.steps or sorted(self.times, reverse=True) != self.times):
-            raise ValueError(f"times must be {self.steps} descending numbers, one per step")
-        if self.rollout == "trajectory" and self.objective in LIVE:
-            raise ValueError(f"objective {self.objective} needs clean samples, and rollout trajectory ends at a noise level: use kl")
-        if self.rollout == "trajectory" and self.gan is not None:
-            raise ValueError("gan compares clean samples with real ones, and rollout trajectory ends at a noise level: use backward_simulation, or no gan")
-        if self.own_ranges and self.rollout != "trajectory":
-            raise ValueError("own_ranges are the steps' of rollout trajectory: set it, or leave own_ranges out")
-        if self.step_odds is not None and (len(self.step_odds) != self.steps or not sum(self.step_odds)):
-            raise ValueError(f"step_odds must be {self.steps} numbers, one per step, and not all zero")
-        if self.rollout == "any_steps" and self.steps == 1:
-            raise ValueError("rollout any_steps chooses between numbers of steps: set steps to 2 or more")
-        if self.gan is not None and self.gan.real == "longer" and self.rollout != "any_steps":
-            raise ValueError("gan.real longer compares n steps with n + 1: set rollout to any_steps")
-        if self.gan is not None and self.gan.real == "longer" and self.objective == "none" and not self.terms:
-            raise ValueError("gan.real longer leaves the longest samples to the score difference: objective none trains them by nothing")
-        if self.gan is not None and self.gan.features == "critic" and not self.has_critic:
-            raise ValueError("gan.features critic: objective none trains no critic: use teacher or random")
-        if self.critic_training_guidance == "same" and isinstance(self.guidance_scale, tuple):
-            raise ValueError("critic_training_guidance same needs one guidance_scale, not a range")
-        if isinstance(self.critic_steps, Adaptive) and not self.has_critic:
-            raise ValueError("objective none trains no critic to adapt to: set critic_steps to a number, that of the discriminator's updates")
-        if self.real == "teacher" and not self._looks_at_real:
-            raise ValueError("real teacher, and nothing here looks at real samples: leave it out")
-        if self.critic_guidance_scale != 1.0 and self.critic_training_guidance == 1.0 and not self.critic_null:
-            raise ValueError("a guided critic must learn samples without their condition too: set critic_null to 0.1 or so")
-        if self.critic_guidance_scale == "same" and self.guidance_scale == 1.0:
-            raise ValueError("critic_guidance_scale same, and the teacher is not guided: set guidance_scale")
-        if _scope(self.critic_times) is not None or (self.gan is not None and _scope(self.gan.times) is not None):
-            raise ValueError("scope is for score_times: the critic and the discriminator must know every level that they are asked at")
+        for reason in refusals(self):
+            raise ValueError(reason)
         return self
 
     # -- what it needs ------------------------------------------------------------------------------------------------
@@ -153,13 +118,13 @@ class DistributionMatching(Method):
         return ("student", "critic") if self.has_critic else ("student",)
 
     @property
-    def _looks_at_real(self) -> bool:
-        scope = _scope(self.score_times)
+    def looks_at_real(self) -> bool:
+        scope = scope_of(self.score_times)
         own = (self.gan is not None and self.gan.real == "data") or (scope is not None and scope.against == "data")
         return own or self.rollout == "data" or any(term.needs_images for term in self.terms)
 
     def needs_images(self) -> bool:
-        return self.real == "data" and self._looks_at_real
+        return self.real == "data" and self.looks_at_real
 
     def needs_pairs(self) -> PairsWanted | None:
         paired = any(term.needs_pairs for term in self.terms)
@@ -176,18 +141,16 @@ class DistributionMatching(Method):
 
     def initial_state(self) -> dict[str, Tensor]:
         state = {"ratio_means": self._normalizer.initial_state()} if self.needs_ratio else {}
-        state |= {"scope": torch.zeros(())} if _scope(self.score_times) is not None else {}
+        state |= {"scope": torch.zeros(())} if scope_of(self.score_times) is not None else {}
         return state | ({"critic_need": self.critic_steps.initial_state()} if isinstance(self.critic_steps, Adaptive) else {})
 
     def sampler(self) -> Sampler:
-        return Sampler(self._ladder, self.steps, self._mean_guidance, gamma=0.0 if self.rollout == "trajectory" else 1.0)
+        return Sampler(self._ladder, self.steps, self._mean_guidance, gamma=0.0 if self.rollout in ODE else 1.0)
 
     # -- the update rule ----------------------------------------------------------------------------------------------
 
     def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
-        if self.real == "teacher" and batch.pairs is not None:
-            made = batch.pairs
-            batch = replace(batch, x0=made.x0, condition=made.condition, group=made.group, inputs=made.inputs)
+        batch = self._with_real(batch)
         # Student: the gradient of the divergence, the adversary's, and whatever else is wanted.
         sample = self._sample(roles, batch)
         loss, logs = self._student_loss(roles, batch, sample)
@@ -199,6 +162,13 @@ class DistributionMatching(Method):
             with torch.no_grad():
                 sample = self._sample(roles, batch, fresh=True)
             yield from self._critic_update(roles, batch, sample)
+
+    def _with_real(self, batch: Batch) -> Batch:
+        """The batch with what counts as real samples in it."""
+        made = batch.pairs
+        if self.real == "data" or made is None:
+            return batch
+        return replace(batch, x0=made.x0, condition=made.condition, group=made.group, inputs=made.inputs)
 
     def _student_loss(self, roles: Roles, batch: Batch, sample: Sample) -> tuple[Tensor, dict[str, Tensor | float]]:
         loss = sample.x0.new_zeros(())
@@ -391,7 +361,3 @@ class DistributionMatching(Method):
     @property
     def _mean_guidance(self) -> float:
         return sum(self.guidance_scale) / 2 if isinstance(self.guidance_scale, tuple) else self.guidance_scale
-
-
-def _scope(law: TimeLaw) -> Scope | None:
-    return law.scope if isinstance(law, Times) else None

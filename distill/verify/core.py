@@ -68,12 +68,14 @@ def timed(checks: Iterator[Check]) -> Iterator[Check]:
 
 def train(
     method: Method, roles: Roles, batches: Callable[[int], Batch], steps: int, rates: Mapping[str, float],
-    betas: tuple[float, float] = (0.9, 0.999), decay: bool = True, average: float = 0.0, done: Callable[[], float] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999), decay: bool = True, average: float = 0.0, until: float = 1.0,
+    done: Callable[[], float] | None = None,
 ) -> list[Tensor]:
     """Run a method's own update rule on small networks: the trainer's loop without its machinery.
 
     Args:
-        batches: step → batch (its progress is set here); rates: learning rate per role, decayed to zero if ``decay``.
+        batches: step → batch (its progress is set here); rates: learning rate per role, decayed to zero (in each stretch of the method's) if ``decay``.
+        until: the share of the training after which it stops.
         average: EMA decay of the student's parameters, which are returned (the last ones, for 0).
         done: the share of the training that is done, where that is no matter of steps (``steps`` then bounds their number); it ends at 1.
     """
@@ -81,12 +83,14 @@ def train(
     optimizers = {role: torch.optim.Adam(p, rates[role], betas) for role, p in parameters.items()}
     student = parameters["student"]
     kept = [p.detach().clone() for p in student]
+    roles.forget = lambda role: optimizers[role].state.clear()
     for step in range(steps):
         progress = step / steps if done is None else done()
-        if progress >= 1:
+        if progress >= until:
             break
+        start, end = method.stretch(progress)
         for role, rate in rates.items():
-            optimizers[role].param_groups[0]["lr"] = rate * (1 - progress if decay else 1.0)
+            optimizers[role].param_groups[0]["lr"] = rate * ((end - progress) / (end - start) if decay else 1.0)
         for names, loss, _ in method.step(roles, replace(batches(step), progress=progress)):
             names = (names,) if isinstance(names, str) else names
             loss.backward(inputs=[p for name in names for p in parameters[name]])

@@ -135,8 +135,11 @@ def _resting(roles: Roles, reached: list[bool]) -> int:
 def distance(method: Method, student: Denoiser, teacher: GaussianMixture) -> float:
     """Fréchet distance of samples to the teacher's Gaussian, dimension by dimension: in one step, or as several networks need them."""
     draw = torch.Generator().manual_seed(1)
-    noise, sampler = torch.randn(4000, 2, generator=draw), method.sampler()
-    times = sampler.times if isinstance(student, Routed) else (1.0,)
-    x = renoise_sample(student, times, noise, toy_batch(teacher, 4000).condition, draw, sampler.gamma).double()
+    noise, told = torch.randn(4000, 2, generator=draw), toy_batch(teacher, 4000).condition
+    if isinstance(student, Routed):
+        sampler = method.sampler()
+        x = renoise_sample(student, sampler.times, noise, told, draw, sampler.gamma).double()
+    else:
+        x = student(noise, torch.tensor(1.0, dtype=torch.float64)).double()
     mean, std = teacher.means[0], teacher.stds[0]
     return float(((x.mean(0) - mean) ** 2 + (x.std(0) - std) ** 2).sum())

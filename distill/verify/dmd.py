@@ -14,7 +14,7 @@ from distill.methods.base import Batch, Pairs
 from distill.methods.dmd import DMD
 from distill.roles import Roles
 from distill.schedule import EDM, CosineVP
-from distill.verify.core import Check, at_most, between, starting_at, train
+from distill.verify.core import Check, at_most, starting_at, train
 from distill.verify.dmd2 import two_modes
 
 
@@ -84,9 +84,9 @@ def ordered_pairs(teacher: GaussianMixture, z: Tensor, grid: int = 20001) -> Ten
     return x[place].to(z)
 
 
-def left_mass(pairs: bool, steps: int = 1000) -> float:
+def left_mass(pairs: bool, seed: int, steps: int = 400) -> float:
     """Share of samples at the left mode of 0.4 N(−2, 0.25) + 0.6 N(2, 0.25), for a student that starts at the right one."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     teacher = two_modes(CosineVP())
     student, critic = (MLPDenoiser(teacher.schedule, 1, 32, data_std=2.0) for _ in range(2))
     starting_at(student, torch.ones(1), 0.1)
@@ -95,14 +95,16 @@ def left_mass(pairs: bool, steps: int = 1000) -> float:
         z = torch.randn(256, 1)
         return Batch(torch.randn(256, 1), Condition(), pairs=Pairs(z, ordered_pairs(teacher, z), Condition()))
 
-    method = DMD(score_times=(0.02, 0.4), terms=[Regression(weight=1.0)] if pairs else [])
-    train(method, Roles(teacher, student, critic), draw, steps, {"student": 3e-3, "critic": 3e-3}, betas=(0.5, 0.99))
+    # Five critic updates: with one, the student's swings throw samples across at random, and now and then the right number of them.
+    method = DMD(score_times=(0.02, 0.25), critic_steps=5, terms=[Regression(weight=1.0)] if pairs else [])
+    train(method, Roles(teacher, student, critic), draw, steps, {"student": 3e-3, "critic": 6e-3}, betas=(0.5, 0.99))
     with torch.no_grad():
         x = student(torch.randn(8000, 1), torch.tensor(1.0, dtype=torch.float64))
     return float((x < 0).double().mean())
 
 
 def mixture_checks() -> Iterator[Check]:
-    """At low noise reverse KL hardly knows a mode's mass, and keeps what it started with; pairs say it."""
-    yield between("dmd", "mass of a mode of 0.4 that the student starts without", left_mass(True), 0.35, 0.45)
-    yield between("dmd", "ablation: the same without pairs", left_mass(False), 0.35, 0.45, must_fail=True)
+    """At low noise reverse KL hardly knows a mode's mass; pairs say it."""
+    for pairs, what in ((True, "error of the mass of a mode that the student starts without (worst of two seeds)"), (False, "ablation: the same without pairs")):
+        worst = max(abs(left_mass(pairs, seed) - 0.4) for seed in (0, 1))
+        yield at_most("dmd", what, worst, 0.08, must_fail=not pairs)

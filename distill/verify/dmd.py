@@ -105,6 +105,7 @@ def left_mass(pairs: bool, seed: int, steps: int = 400) -> float:
 
 def mixture_checks() -> Iterator[Check]:
     """At low noise reverse KL hardly knows a mode's mass; pairs say it."""
-    for pairs, what in ((True, "error of the mass of a mode that the student starts without (worst of two seeds)"), (False, "ablation: the same without pairs")):
+    what = {True: "error of the mass of a mode that the student starts without (worst of two seeds)", False: "ablation: the same without pairs"}
+    for pairs in what:
         worst = max(abs(left_mass(pairs, seed) - 0.4) for seed in (0, 1))
-        yield at_most("dmd", what, worst, 0.08, must_fail=not pairs)
+        yield at_most("dmd", what[pairs], worst, 0.08, must_fail=not pairs)

@@ -31,7 +31,7 @@ from distill.jvp import Mode, jvp
 from distill.schedule import NoiseSchedule, double, expand_to
 
 Share = Annotated[float, Field(ge=0, le=1)]
-LEAST = 1e-3  #: of the running mean that the loss is divided by
+LEAST = 0.1  #: of the running mean that the loss is divided by: levels that are learnt already do not drown the others
 
 
 class Tangent(BaseModel):

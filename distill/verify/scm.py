@@ -25,6 +25,7 @@ RAW = Tangent(c=None, adaptive=False, warmup=0.0)
 
 def checks() -> Iterator[Check]:
     yield from tangent_checks()
+    yield from guidance_checks()
     yield from limit_checks()
     yield from denoising_checks()
     yield from map_checks()
@@ -49,6 +50,27 @@ def tangent_checks() -> Iterator[Check]:
     yield at_most("scm", "ablation: at the teacher's own x0-prediction", tangent_size(Flow(), teacher), 1e-6, must_fail=True)
     wrong = ExactMap(gaussian(Flow(), (0.5, -0.3), (0.6, 1.0)))
     yield at_most("scm", "ablation: at the map of a Gaussian a tenth wider", tangent_size(Flow(), wrong), 1e-6, must_fail=True)
+
+
+def guided_tangent(scale: float, told: bool) -> float:
+    """Root of sCM's loss, that is the size of g, at the exact map of the w = 2.5 ODE: two classes of equal spread, one the null one,
+    whose guided ODE is that of N(mu_0 + w (mu_c − mu_0), s²)."""
+    torch.manual_seed(0)
+    teacher = GaussianMixture(CosineVP(), torch.tensor([[0.4, 0.2], [-0.2, 0.1]]), torch.full((2, 1), 0.8))
+    mean = teacher.means[1] + 2.5 * (teacher.means[0] - teacher.means[1])
+    labels = torch.zeros(512, dtype=torch.long)
+    condition = Condition({"class_labels": labels}, {"class_labels": labels + 1})
+    x0 = (teacher.means[:1] + 0.8 * torch.randn(512, 2)).double()
+    method = SCM(tangent=RAW, train_times=(0.05, 1.0), guidance_scale=1.0 if told else scale, guidance_range=(scale, scale + 1e-9) if told else None)
+    roles = Roles(teacher, ExactMap(gaussian(CosineVP(), mean.tolist(), (0.8, 0.8))))
+    return float(student_loss(method, roles, Batch(torch.randn(512, 2).double(), condition, x0))) ** 0.5
+
+
+def guidance_checks() -> Iterator[Check]:
+    """Guidance is the ODE's, at a fixed scale and at one that is drawn."""
+    for told in (False, True):
+        yield at_most("scm", f"tangent at the guided ODE's exact map, w = 2.5 {'drawn' if told else 'fixed'}", guided_tangent(2.5, told), 1e-6)
+    yield at_most("scm", "ablation: the same map at w = 1", guided_tangent(1.0, False), 1e-6, must_fail=True)
 
 
 def gradient(method: Consistency, roles: Roles, batch: Batch) -> Tensor:
@@ -117,15 +139,14 @@ def denoising_checks() -> Iterator[Check]:
     yield between("scm", "ablation: r = 1", denoising_cosine(1.0), 0.9999, 1.0, must_fail=True)
 
 
-def trained(schedule: NoiseSchedule, method: SCM, steps: int = 1200, batch: int = 512, data: GaussianMixture | None = None) -> tuple[GaussianMixture, MLPDenoiser]:
+def trained(schedule: NoiseSchedule, method: SCM, steps: int, batch: int) -> tuple[GaussianMixture, MLPDenoiser]:
     """(teacher, student) after training an MLP on a Gaussian."""
     torch.manual_seed(0)
     teacher = gaussian(schedule, *DATA)
     student = MLPDenoiser(schedule, 2, width=64, data_std=0.8)
     roles = Roles(teacher, student)
     roles.state = method.initial_state()
-    source = data or teacher
-    kept = train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), source.sample(batch)), steps, {"student": 4e-3}, average=0.99)
+    kept = train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, {"student": 4e-3}, average=0.99)
     with torch.no_grad():
         for p, value in zip(student.parameters(), kept, strict=True):
             p.copy_(value)

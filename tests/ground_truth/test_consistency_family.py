@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from distill.methods import available
-from distill.verify import any_method, made, scm
+from distill.verify import any_method, ect, made, mlcm, pcm, scm, scott, tcm, tscd
 from distill.verify.core import Check
 
 METHODS = ["ict", "ect", "pcm", "scm", "tscd", "tbcm", "sana_sprint", "rcm", "mlcm", "scott", "tcm"]
@@ -21,9 +21,18 @@ def test_closed_forms(name: str) -> None:
     passed(list(importlib.import_module(f"distill.verify.{name}").checks()))
 
 
-@pytest.mark.parametrize("checks", [scm.tangent_checks, scm.limit_checks, scm.denoising_checks])
-def test_tangents(checks: object) -> None:
+@pytest.mark.parametrize(
+    "checks",
+    [scm.tangent_checks, scm.guidance_checks, scm.limit_checks, scm.denoising_checks, ect.denoising_checks, pcm.adversary_checks, mlcm.state_checks,
+     scott.fixed_point_checks, tcm.stage_checks],
+    ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}",
+)
+def test_what_needs_no_training(checks: object) -> None:
     passed(list(checks()))  # type: ignore[operator]
+
+
+def test_without_ablations() -> None:
+    assert all(c.passed for checks in (ect.gap_checks, pcm.exact_checks, scott.step_checks, tscd.end_checks) for c in checks())
 
 
 @pytest.mark.slow

@@ -62,12 +62,13 @@ class OneNumber(Denoiser):
 
     def __init__(self, schedule: EDM) -> None:
         self.schedule, self.number = schedule, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.least = schedule.sigma(torch.zeros(1))
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.number]
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: object = ()) -> Prediction:
-        share = self.schedule.low**self.schedule.rho / self.schedule.sigma(t.expand(len(x_t)))[:, None]
+        share = self.least / self.schedule.sigma(t.expand(len(x_t)))[:, None]
         return Prediction(share * x_t + (1 - share) * self.number, "x0", x_t, t, self.schedule)
 
 

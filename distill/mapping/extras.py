@@ -2,6 +2,7 @@
 
     adversary   judges the student's jump to the end e, noised from there, against the target's jump (Wang et al. 2024, PCM), real samples
                 (SANA-Sprint, SCott), in any of ``matching/adversary.py``'s ways
+    proxy       a reward's stand-in (``proxy.py``)
     terms       rewards and the like, of its x0-predictions (``matching/terms.py``)
     matching    the distribution-matching engine's own step on the student's own samples, critic and all (Hyper-SD's last stage, rCM)
 """
@@ -50,6 +51,9 @@ def extra_loss(method: Consistency, roles: Roles, batch: Batch, made: Made) -> t
         real, below = _real(method.gan, roles, judged), _below(method, judged, batch)
         value = student_loss(method.gan, roles, judged.x, judged.condition, real, batch.progress, judged.end, below)
         loss, logs["gan"] = loss + method.gan.weight * value, value.detach()
+    if method.proxy is not None:
+        reward = method.proxy.score(roles, made.x0, made.condition).mean()
+        loss, logs["proxy"] = loss - method.proxy.weight * reward, reward.detach()
     for term in method.terms:
         told = replace(batch, condition=made.condition, x0=made.real)
         weighted, logs[term.kind] = term.weighted(Context(roles, told, Sample(made.x0, made.x0), method.ladder[0]))
@@ -72,6 +76,9 @@ def followers(method: Consistency, roles: Roles, batch: Batch, made: Made) -> It
             method.gan, roles, judged.x.detach(), judged.condition, real, batch.progress, judged.end, _below(method, judged, batch)
         )
         yield "discriminator", loss, {"accuracy": accuracy}
+    if method.proxy is not None:
+        samples = [x for x in (made.x0, made.target, made.real) if x is not None]
+        yield "discriminator", method.proxy.loss(roles, samples, made.condition, batch.inputs), {}
     if (matching := method.score_matching(batch.progress)) is not None:
         for _ in range(matching._critic_updates(roles)):
             with torch.no_grad():

@@ -52,6 +52,8 @@ def refusals(method: Consistency) -> Iterator[str]:
             yield "gan_at_start judges whole samples, and segments end at noise levels: leave one of them out"
     elif method.gan_at_start:
         yield "gan_at_start needs a gan section"
+    if method.proxy is not None and (method.gan is not None or continuous or phased or method.trajectories is not None):
+        yield "proxy compares x0-predictions with targets and real data, in the discriminator's place: leave out gan, tangent, segments and trajectories"
     if method.terms and any(term.needs_pairs for term in method.terms):
         yield "a regression term needs pairs, which a consistency method does not make: leave it out"
     own = method.matching

@@ -31,6 +31,7 @@ from distill.losses.metrics import METRICS, Metric
 from distill.mapping.extras import Made, extra_loss, followers
 from distill.mapping.pairs import End, Gap, Pair, Weighting, gap_weights, interval_weights, intervals, noise_ratio, segment_count, segment_end, snapped, time_of
 from distill.mapping.points import Points, Trajectories, noised, travelled
+from distill.mapping.proxy import ProxyReward
 from distill.mapping.refusals import refusals
 from distill.mapping.solvers import Solver, jump, sde_step, solver_step, straight_step
 from distill.mapping.tangent import Tangent, angle, field, leveled, normalized, straight_field, tangent
@@ -80,6 +81,7 @@ class Consistency(Method):
     # what goes with it
     gan: GAN | None = None  #: an adversary, see mapping/extras.py and matching/adversary.py
     gan_at_start: UnitInterval = 0.0  #: share of what it judges that the student makes of pure noise (SANA-Sprint)
+    proxy: ProxyReward | None = None  #: a reward through a stand-in that is learnt online (RG-LCD), see mapping/proxy.py
     terms: list[AnyTerm] = []  #: auxiliary losses, see matching/terms.py
     matching: DistributionMatching | None = None  #: a difference of scores on the student's own samples (rCM, Hyper-SD); steps and times are these
     matching_weight: Annotated[float, Field(gt=0)] = 1.0
@@ -103,9 +105,11 @@ class Consistency(Method):
         return self.trajectories is None or judged or any(term.needs_images for term in self.terms)
 
     def needs_decoder(self) -> bool:
-        return any(term.needs_decoder for term in self.terms)
+        return self.proxy is not None or any(term.needs_decoder for term in self.terms)
 
     def discriminator_features(self) -> tuple[str, tuple[str, ...]] | None:
+        if self.proxy is not None:
+            return "teacher", tuple(self.proxy.layers)
         return None if self.gan is None else (self.gan.features, tuple(self.gan.layers))
 
     def guidance_embedding(self) -> int:

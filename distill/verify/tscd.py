@@ -38,7 +38,8 @@ def end_checks() -> Iterator[Check]:
     x, x0, level = torch.randn(4, 2), torch.randn(4, 2), torch.full((4,), 0.4, dtype=torch.float64)
     for schedule in (CosineVP(), Flow()):
         stay, land = jump(schedule, x, x0, level, level), jump(schedule, x, x0, level, 0 * level)
-        yield at_most("tscd", f"jumps of no length and to the data, {type(schedule).__name__}: error", float((stay - x).abs().max() + (land - x0).abs().max()), 0.0)
+        error = float((stay - x).abs().max() + (land - x0).abs().max())
+        yield at_most("tscd", f"jumps of no length and to the data, {type(schedule).__name__}: error", error, 0.0)
     seen = [segment_count([8, 4, 2, 1], p) for p in (0.0, 0.24, 0.26, 0.6, 0.99)]
     yield at_most("tscd", "segments over training, against 8, 8, 4, 2, 1", float(seen != [8, 8, 4, 2, 1]), 0)
 

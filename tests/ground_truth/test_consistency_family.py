@@ -5,10 +5,10 @@ import importlib
 import pytest
 
 from distill.methods import available
-from distill.verify import any_method, ect, made, mlcm, pcm, scm, scott, tcm, tscd
+from distill.verify import any_method, ect, made, mlcm, pcm, rg_lcd, scm, scott, tcm, tscd
 from distill.verify.core import Check
 
-METHODS = ["ict", "ect", "pcm", "scm", "tscd", "tbcm", "sana_sprint", "rcm", "mlcm", "scott", "tcm"]
+METHODS = ["ict", "ect", "pcm", "scm", "tscd", "tbcm", "sana_sprint", "rcm", "mlcm", "scott", "tcm", "rg_lcd"]
 
 
 def passed(results: list[Check]) -> None:
@@ -24,7 +24,7 @@ def test_closed_forms(name: str) -> None:
 @pytest.mark.parametrize(
     "checks",
     [scm.tangent_checks, scm.guidance_checks, scm.limit_checks, scm.denoising_checks, ect.denoising_checks, pcm.adversary_checks, mlcm.state_checks,
-     scott.fixed_point_checks, tcm.stage_checks],
+     scott.fixed_point_checks, tcm.stage_checks, rg_lcd.preference_checks, rg_lcd.gradient_checks],
     ids=lambda f: f"{f.__module__.split('.')[-1]}.{f.__name__}",
 )
 def test_what_needs_no_training(checks: object) -> None:

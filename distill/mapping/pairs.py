@@ -91,14 +91,14 @@ def segment_end(t: Tensor, s: Tensor, count: int, kind: End) -> Tensor:
     return edge if kind == "edge" else edge + (s - edge).clamp_min(0) * torch.rand_like(s)
 
 
-def interval_weights(weighting: Weighting, schedule: NoiseSchedule, n: int) -> Tensor:
+def interval_weights(weighting: Weighting, schedule: NoiseSchedule, n: int, device: torch.device | None = None) -> Tensor:
     """w of the n intervals of the even grid, (n,), with mean 1; in terms of the noise-to-signal ratio r(t) = sigma/alpha:
 
     ``uniform`` 1; ``inverse_gap`` 1/(r(t) − r(s)) (iCT, sec. 3.4); ``inverse_noise`` r(t)^(−1/2), at most 4. A distance between
     x0-predictions is r times one between the network's own outputs, so that without a weight the loss is all about the
     noisiest intervals, and the errors of the last ones, which every further step adds anew, hardly count.
     """
-    ratio = noise_ratio(schedule, torch.arange(n + 1, dtype=torch.float64) / n)
+    ratio = noise_ratio(schedule, torch.arange(n + 1, dtype=torch.float64, device=device) / n)
     weights = gap_weights(weighting, ratio[1:], ratio[:-1])
     return weights / weights.mean()
 

@@ -201,7 +201,7 @@ class Consistency(Method):
         i = (t * n).round().long() - 1
         s = i.double() / n
         end = torch.zeros_like(t) if not self.phased else segment_end(t, s, self.segment_count(progress), self.end)
-        return Pair(t, s, end, interval_weights(self.weighting, schedule, n).to(t)[i])
+        return Pair(t, s, end, interval_weights(self.weighting, schedule, n, t.device)[i])
 
     def _pair_loss(self, roles: Roles, batch: Batch, points: Points) -> tuple[Tensor, Made, dict[str, Tensor | float]]:
         pair, condition = self._pair(roles.schedule, points.t, batch.progress), points.condition

@@ -120,7 +120,7 @@ def test_the_weight_of_a_sample_is_that_of_its_interval() -> None:
     settings: dict[str, Any] = {"discretization": (1, 1), "steps": 1, "target": "stop_gradient", "solver": "data"}
     plain, weighted = (loss_of(Consistency(weighting=w, **settings), roles) for w in ("uniform", "inverse_noise"))  # type: ignore[arg-type]
     assert weighted == pytest.approx(plain) and plain > 0  # one interval has the mean weight
-    with replaced(consistency, "interval_weights", lambda w, schedule, n: torch.full((n,), 3.0)):
+    with replaced(consistency, "interval_weights", lambda w, schedule, n, device: torch.full((n,), 3.0)):
         assert loss_of(Consistency(**settings), roles) == pytest.approx(3 * plain)
 
 

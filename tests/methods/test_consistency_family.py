@@ -30,7 +30,6 @@ SHORT = ("trainer.steps=2", "trainer.batch_size=8", "trainer.sample_every=0", "t
 RECIPES = {
     "ict/digits": {"student/gap"}, "ect/digits": {"student/gap"}, "tcm/digits": {"student/gap"}, "pcm/digits": {"student/gan", "discriminator/accuracy"},
     "tscd/digits": {"student/gap"}, "mlcm/digits": {"student/gap"}, "scott/digits": {"student/gan", "discriminator/loss"}, "scm/digits": {"student/tangent"},
-   
     "sana_sprint/digits": {"student/tangent", "discriminator/accuracy"}, "tbcm/digits": {"student/tangent"},
     "rg_lcd/digits": {"student/proxy", "discriminator/loss"},
     "rcm/digits": {"student/score_gap", "critic/loss"},

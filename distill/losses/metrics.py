@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.imports import import_object
 
-Metric = Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"]
+Metric = Literal["l2", "norm", "pseudo_huber", "pseudo_huber_elementwise"]
 
 
 def l2(a: Tensor, b: Tensor) -> Tensor:
@@ -28,6 +28,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float | None = None) -> Tensor:
     return ((difference.square().sum(1) + c**2).sqrt() - c) / math.sqrt(d)
 
 
+def norm(a: Tensor, b: Tensor) -> Tensor:
+    """‖a − b‖ / sqrt(d), not squared (Geng et al. 2024, ECT: the pseudo-Huber distance at c = 0)."""
+    return pseudo_huber(a, b, 1e-8)
+
+
 def pseudo_huber_elementwise(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
     """Mean over elements of sqrt((a − b)² + c²) − c (LCM's Huber loss)."""
     return (((a - b).square() + c**2).sqrt() - c).flatten(1).mean(1)
@@ -35,6 +40,7 @@ def pseudo_huber_elementwise(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": l2,
+    "norm": norm,
     "pseudo_huber": pseudo_huber,
     "pseudo_huber_elementwise": pseudo_huber_elementwise,
 }

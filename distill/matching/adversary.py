@@ -38,7 +38,8 @@ class GAN(BaseModel):
     loss: AdversarialLoss = "logistic"
     r1: Annotated[float, Field(ge=0)] = 0.0  #: weight of the penalty on real samples
     r1_form: Literal["finite_difference", "exact"] = "finite_difference"  #: squared change of logits under a nudge, or ½|∇ logit|²
-    real: Literal["data", "longer"] = "data"  #: real samples: the data, or the student's own with one step more (ASD)
+    #: real samples: the data; the student's own with one step more (ASD); or what a consistency function is to be (PCM)
+    real: Literal["data", "longer", "target"] = "data"
     mismatched: bool = False  #: real samples with another sample's condition count as fake too (SANA-Sprint)
 
     @model_validator(mode="after")
@@ -57,10 +58,13 @@ class GAN(BaseModel):
         return self.features in ("critic", "teacher")
 
 
-def logits(gan: GAN, roles: Roles, x: Tensor, condition: Condition, t: Tensor, noise: Tensor) -> Tensor:
-    """(batch, heads) logits of clean samples noised to t; differentiable in x and in the network whose features are judged."""
-    x_t = roles.schedule.add_noise(x, noise, t)
-    return judged(gan, roles, x_t, t, condition)
+def logits(gan: GAN, roles: Roles, x: Tensor, condition: Condition, t: Tensor, noise: Tensor, s: Tensor | None = None) -> Tensor:
+    """(batch, heads) logits of samples, clean or at s, noised to t; differentiable in x and in the network whose features are judged."""
+    return judged(gan, roles, _noised(roles, x, noise, t, s), t, condition)
+
+
+def _noised(roles: Roles, x: Tensor, noise: Tensor, t: Tensor, s: Tensor | None) -> Tensor:
+    return roles.schedule.add_noise(x, noise, t) if s is None else roles.schedule.renoise(x, noise, s, t)
 
 
 def judged(gan: GAN, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -74,19 +78,27 @@ def judged(gan: GAN, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition)
     return roles.discriminator(network.features(x_t, t, condition, tuple(gan.layers)))
 
 
-def student_loss(gan: GAN, roles: Roles, x: Tensor, condition: Condition, real: Tensor | None, progress: float) -> Tensor:
-    """The generator's side. A relativistic one compares with the real samples."""
-    t, noise = draw_times(gan.times, x, roles.schedule, progress), torch.randn_like(x)
-    fake = logits(gan, roles, x, condition, t, noise)
+def student_loss(
+    gan: GAN, roles: Roles, x: Tensor, condition: Condition, real: Tensor | None, progress: float, s: Tensor | None = None, below: Tensor | None = None
+) -> Tensor:
+    """The generator's side. A relativistic one compares with the real samples.
+
+    Args:
+        s: (batch,) noise level of the samples, real ones too; None: clean. They are noised further from there, to at most ``below``.
+    """
+    t, noise = draw_times(gan.times, x, roles.schedule, progress, s, below), torch.randn_like(x)
+    fake = logits(gan, roles, x, condition, t, noise, s)
     if gan.loss != "relativistic":
         return ADVERSARIAL[gan.loss].generator(fake, None)
     assert real is not None
-    return ADVERSARIAL[gan.loss].generator(fake, logits(gan, roles, real, condition, t, noise))
+    return ADVERSARIAL[gan.loss].generator(fake, logits(gan, roles, real, condition, t, noise, s))
 
 
-def discriminator_loss(gan: GAN, roles: Roles, x: Tensor, condition: Condition, real: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+def discriminator_loss(
+    gan: GAN, roles: Roles, x: Tensor, condition: Condition, real: Tensor, progress: float, s: Tensor | None = None, below: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The discriminator's side on detached student samples and real ones, equally noised, with R1; and its accuracy."""
-    t, noise = draw_times(gan.times, x, roles.schedule, progress), torch.randn_like(x)
+    t, noise = draw_times(gan.times, x, roles.schedule, progress, s, below), torch.randn_like(x)
     exact = gan.r1 > 0 and gan.r1_form == "exact"
     clean, told = [x, real], [condition] * 2
     if gan.r1 and not exact:
@@ -94,7 +106,7 @@ def discriminator_loss(gan: GAN, roles: Roles, x: Tensor, condition: Condition, 
     if gan.mismatched:
         clean, told = [*clean, real], [*told, condition[torch.arange(len(x)).roll(1)]]
     n = len(clean)
-    x_t = roles.schedule.add_noise(torch.cat(clean), noise.repeat(n, *[1] * (x.dim() - 1)), t.repeat(n))
+    x_t = _noised(roles, torch.cat(clean), noise.repeat(n, *[1] * (x.dim() - 1)), t.repeat(n), None if s is None else s.repeat(n))
     if exact:
         x_t.requires_grad_()
     answers = judged(gan, roles, x_t, t.repeat(n), cat(told)).split(len(x))

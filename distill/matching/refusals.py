@@ -40,6 +40,8 @@ def refusals(method: DistributionMatching) -> Iterator[str]:
         yield "gan.real longer compares n steps with n + 1: set rollout to any_steps"
     if method.gan is not None and method.gan.real == "longer" and method.objective == "none" and not method.terms:
         yield "gan.real longer leaves the longest samples to the score difference: objective none trains them by nothing"
+    if method.gan is not None and method.gan.real == "target":
+        yield "gan.real target is of consistency methods: use data, or longer"
     if method.gan is not None and method.gan.features == "critic" and not method.has_critic:
         yield "gan.features critic: objective none trains no critic: use teacher or random"
     if method.critic_training_guidance == "same" and isinstance(method.guidance_scale, tuple):

@@ -1,25 +1,23 @@
-"""Consistency distillation: one evaluation gives what the probability-flow ODE gives.
+"""Consistency: one engine for every method that learns the solution map of the (teacher's, or the data's) probability-flow ODE.
 
-    CD   Song, Dhariwal, Chen, Sutskever 2023, arXiv 2303.01469
-    LCM  Luo et al. 2023, arXiv 2310.04378 (guided ODE, guidance as an input)
-    iCT  Song & Dhariwal 2023, arXiv 2310.14189 (pseudo-Huber, doubling discretisation, weights)
-    ECT  Geng et al. 2024, arXiv 2406.14548 (consistency tuning: real data in the solver's place, from the teacher's weights)
+    x_t, t    noised data, or a point of the teacher's own trajectory                     (trajectories)
+    x_s, s    a step further along: the teacher's (DDIM, Heun, SDE), or on the line of x0 and noise       (solver, gap, discretization)
+    L = w d( f(x_t, t → e), sg f⁻(x_s, s → e) ),      f(x, t → e) = DDIM(x, D(x, t); t → e),   f(x, e → e) = x
+        + gan.weight · adversary + terms + matching_weight · score difference                           → student
+    then the discriminator's and the critic's updates
 
-On a grid 0 = t_0 < … < t_N = 1 the student f is trained to agree with itself at two neighbouring points of one
-trajectory of the (guided) teacher:
+e is the data (t = 0), or the lower edge of t's segment. The boundary is a hard switch on the target's side, exact for any weights.
+With ``tangent`` the pair is one point and the difference a derivative: the limit s → t.
 
-    L = w d( f(x_t, t), sg f⁻(x_s, s) ),     x_s = one solver step of the teacher from (x_t, t) to s,     f(x, 0) = x.
+The methods of the literature are this with other settings; each has a file of its own beside this one that says which. As it is:
 
-or, with real data in the solver's place, x_s = alpha_s x0 + sigma_s noise with the x0 and the noise of x_t: an unbiased
-estimate of the step that the exact score would take, so that the student's law goes to the data's and not to the teacher's.
-
-f is the student's x0-prediction for t > 0; the boundary f(x, 0) = x is a hard switch on the target's side, exact for any
-weights.
+    CD   Song, Dhariwal, Chen, Sutskever 2023, arXiv 2303.01469          LCM  Luo et al. 2023, arXiv 2310.04378, 2311.05556
+    CT   the same with ``solver: data``: x_s = alpha_s x0 + sigma_s noise with the x0 and the noise of x_t, an unbiased estimate of the
+         step that the exact score would take: the student's law goes to the data's and not to the teacher's
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
@@ -27,84 +25,145 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill.denoiser import Condition, Denoiser
+from distill.denoiser import Condition, Denoiser, Prediction
 from distill.guidance import Guided
 from distill.losses.metrics import METRICS, Metric
+from distill.mapping.extras import Made, extra_loss, followers
+from distill.mapping.pairs import End, Gap, Pair, Weighting, gap_weights, interval_weights, intervals, noise_ratio, segment_count, segment_end, snapped, time_of
+from distill.mapping.points import Points, Trajectories, noised, travelled
+from distill.mapping.proxy import ProxyReward
+from distill.mapping.refusals import refusals
+from distill.mapping.solvers import Solver, jump, sde_step, solver_step, straight_step
+from distill.mapping.tangent import Tangent, angle, field, leveled, normalized, straight_field, tangent
+from distill.mapping.truncation import Truncation
+from distill.matching.adversary import GAN
+from distill.matching.terms import AnyTerm
+from distill.matching.times import TimeLaw, UnitInterval, draw_times
 from distill.methods.base import Batch, Method, Update
+from distill.methods.distribution import DistributionMatching
 from distill.roles import Roles
 from distill.sampling import Sampler, uniform_ladder
-from distill.schedule import NoiseSchedule
-
-Weighting = Literal["uniform", "inverse_gap", "inverse_noise"]
+from distill.schedule import NoiseSchedule, expand_to
 
 
 class Consistency(Method):
-    """Consistency distillation (CD, LCM)."""
+    """The engine with plain settings: consistency distillation (CD, LCM)."""
 
     name: Literal["consistency"] = "consistency"
 
-    steps: Annotated[int, Field(ge=1, le=8)] = 4  #: the most network calls that the student is sampled with
+    # the student
+    steps: Annotated[int, Field(ge=1, le=8)] = 4  #: the most network calls that it is sampled with
+    times: list[UnitInterval] | None = None  #: its ladder, descending; evenly spaced from 1 if not given
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0  #: w of the teacher's ODE; 1 is off
     guidance_range: tuple[float, float] | None = None  #: w ~ U[low, high] per sample, told to the student (LCM)
     guidance_embedding_width: Annotated[int, Field(ge=2)] = 256
+
+    # the pair
+    trajectories: Trajectories | None = None  #: learn at the teacher's own states, without images; noised data if not given
     discretization: Annotated[tuple[int, int], Field()] = (50, 50)  #: grid intervals N at the start and at the end
-    solver: Literal["ddim", "heun", "data"] = "ddim"  #: of the step from t to s; data: none, x_s on the line between x0 and noise
+    gap: Gap | None = None  #: no grid, but a gap that shrinks (ECT)
+    train_times: TimeLaw = (0.0, 1.0)  #: law of t; on the grid each interval has the mass that lies in it
+    solver: Solver = "ddim"  #: of the step from t to s; data: none, x_s on the line between x0 and noise
+    eta: UnitInterval = 1.0  #: noise of the solver sde: 0 is the ODE, 1 the ancestral step
+    substeps: Annotated[int, Field(ge=1)] = 3  #: of the solver sde, for one interval
+    segments: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = [1]  #: of [0, 1], one number per equal span of training
+    end: End = "edge"  #: the lower edge of t's segment, or random: anywhere between it and s (TSCD)
+    gamma: UnitInterval | None = None  #: share of fresh noise between the steps of a sample; 1, or 0 with segments, if not given
+    truncation: Truncation | None = None  #: a second stage above a noise level (TCM)
+    tangent: Tangent | None = None  #: the limit s → t (sCM), with these settings
+
+    # the comparison
     metric: Metric = "pseudo_huber"
     target: Literal["ema", "stop_gradient"] = "ema"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95  #: of the target
     weighting: Weighting = "uniform"
 
+    # what goes with it
+    gan: GAN | None = None  #: an adversary, see mapping/extras.py and matching/adversary.py
+    gan_at_start: UnitInterval = 0.0  #: share of what it judges that the student makes of pure noise (SANA-Sprint)
+    proxy: ProxyReward | None = None  #: a reward through a stand-in that is learnt online (RG-LCD), see mapping/proxy.py
+    terms: list[AnyTerm] = []  #: auxiliary losses, see matching/terms.py
+    matching: DistributionMatching | None = None  #: a difference of scores on the student's own samples (rCM, Hyper-SD); steps and times are these
+    matching_weight: Annotated[float, Field(gt=0)] = 1.0
+    matching_from: Annotated[float, Field(ge=0, lt=1)] = 0.0  #: part of the training after which it sets in
+
     @model_validator(mode="after")
     def _possible(self) -> Consistency:
-        first, last = self.discretization
-        if not 1 <= first <= last:
-            raise ValueError("discretization must be two numbers of intervals, 1 <= start <= end")
-        if last < self.steps:
-            raise ValueError(f"discretization ends at {last} intervals, fewer than the student's {self.steps} steps")
-        if self.solver == "data" and (self.guidance_scale != 1 or self.guidance_range is not None):
-            raise ValueError("solver data has no teacher that could be guided: leave out guidance, or use ddim or heun")
-        if self.guidance_range is not None and not 1 <= self.guidance_range[0] < self.guidance_range[1]:
-            raise ValueError("guidance_range must be two increasing scales, the first at least 1")
+        for reason in refusals(self):
+            raise ValueError(reason)
         return self
+
+    # -- what it needs ------------------------------------------------------------------------------------------------
 
     @property
     def roles(self) -> Sequence[str]:  # type: ignore[override]
-        return ("student", "target") if self.target == "ema" else ("student",)
+        kept = self.target == "ema" or self.truncation is not None
+        return ("student", *(["critic"] if self.matching is not None else []), *(["target"] if kept else []))
 
     def needs_images(self) -> bool:
-        return True
+        judged = self.gan is not None and self.gan.real == "data"
+        return self.trajectories is None or judged or any(term.needs_images for term in self.terms)
+
+    def needs_decoder(self) -> bool:
+        return self.proxy is not None or any(term.needs_decoder for term in self.terms)
+
+    def discriminator_features(self) -> tuple[str, tuple[str, ...]] | None:
+        if self.proxy is not None:
+            return "teacher", tuple(self.proxy.layers)
+        return None if self.gan is None else (self.gan.features, tuple(self.gan.layers))
 
     def guidance_embedding(self) -> int:
         return self.guidance_embedding_width if self.guidance_range is not None else 0
 
     def target_decay(self, progress: float) -> float:
+        if self.truncation is not None:  # the student's own weights, and those of the first stage's end from then on
+            return float(progress >= self.truncation.start)
         return self.ema_decay
 
+    def initial_state(self) -> dict[str, Tensor]:
+        state = {} if self.matching is None else self.matching.initial_state()
+        if self.tangent is not None and self.tangent.adaptive:
+            state |= {"tangent_means": torch.zeros(self.tangent.bins)}
+        return state
+
+    @property
+    def ladder(self) -> tuple[float, ...]:
+        return tuple(self.times) if self.times is not None else uniform_ladder(self.steps)
+
     def sampler(self) -> Sampler:
-        return Sampler(uniform_ladder(self.steps), self.steps, self.guidance_scale, self.guidance_range)
+        gamma = self.gamma if self.gamma is not None else float(self.segments[-1] == 1)
+        return Sampler(self.ladder, self.steps, self.guidance_scale, self.guidance_range, gamma)
+
+    def score_matching(self, progress: float) -> DistributionMatching | None:
+        """The difference of scores that is wanted now, on this student's ladder."""
+        if self.matching is None or progress < self.matching_from:
+            return None
+        return self.matching.model_copy(update={"steps": self.steps, "times": list(self.ladder)})
 
     def intervals(self, progress: float) -> int:
-        """N: doubled at equal spans of training from the first to the last value (iCT, sec. 3.4)."""
-        first, last = self.discretization
-        doublings = math.ceil(math.log2(last / first))
-        return min(first << int(progress * (doublings + 1)), last)
+        return intervals(self.discretization, progress)
+
+    def segment_count(self, progress: float) -> int:
+        return segment_count(self.segments, progress)
+
+    # -- the update rule ----------------------------------------------------------------------------------------------
 
     def step(self, roles: Roles, batch: Batch) -> Iterator[Update]:
-        x0, condition = batch.x0, self._told(batch)
-        assert x0 is not None
-        n = self.intervals(batch.progress)
-        i = torch.randint(n, (len(x0),), device=x0.device)
-        t, s = (i + 1).double() / n, i.double() / n
-        x_t = roles.schedule.add_noise(x0, batch.noise, t)
-        with torch.no_grad():
-            if self.solver == "data":
-                x_s = straight_step(roles.schedule, x0, batch.noise, s)
-            else:
-                x_s = solver_step(Guided(roles.teacher, self.guidance_scale), x_t, t, s, condition, self.solver)
-            target = consistency_function(roles.target or roles.student, x_s, s, condition)
-        distance = METRICS[self.metric](roles.student(x_t, t, condition), target)
-        weight = interval_weights(self.weighting, roles.schedule, n).to(distance)[i]
-        yield "student", (weight * distance).mean(), {"intervals": float(n)}
+        points = self._points(roles, batch)
+        learn = self._pair_loss if self.tangent is None else self._tangent_loss
+        loss, made, logs = learn(roles, batch, points)
+        extra, others = extra_loss(self, roles, batch, made)
+        yield "student", loss + extra, logs | others
+        yield from followers(self, roles, batch, made.detached())
+
+    def _points(self, roles: Roles, batch: Batch) -> Points:
+        """The states that are learnt at."""
+        told = self._told(batch)
+        if self.trajectories is not None:
+            teacher = Guided(roles.teacher, self.guidance_scale)
+            return travelled(teacher, self.trajectories, batch.noise, told, lambda t: self._on_grid(t, batch.progress))
+        assert batch.x0 is not None
+        return noised(roles.schedule, batch.x0, batch.noise, self._draw(roles, batch), told)
 
     def _told(self, batch: Batch) -> Condition:
         """The condition with a random guidance scale per sample, where the student is told it."""
@@ -113,53 +172,109 @@ class Consistency(Method):
         low, high = self.guidance_range
         return batch.condition.with_guidance(low + (high - low) * torch.rand(len(batch.noise), device=batch.noise.device))
 
+    def _on_grid(self, t: Tensor, progress: float) -> Tensor:
+        """t as it is, or where the grid has its next time."""
+        return t if self.gap is not None or self.tangent is not None else snapped(t, self.intervals(progress))
 
-def consistency_function(network: Denoiser, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
-    """f(x, t): the x0-prediction, and x itself where t = 0 (the boundary condition, exact)."""
-    at_data = (t == 0).reshape((-1,) + (1,) * (x.dim() - 1))
-    return torch.where(at_data, x, network(x, t.clamp_min(network.schedule.t_min), condition))
+    def _draw(self, roles: Roles, batch: Batch) -> Tensor:
+        """t of noised data."""
+        cut = self._cut(batch.progress)
+        above = None if cut is None else torch.full((len(batch.noise),), cut.level, dtype=torch.float64, device=batch.noise.device)
+        t = draw_times(self.train_times, batch.noise, roles.schedule, batch.progress, above=above).clamp_min(roles.schedule.t_min)
+        if cut is not None:
+            t = cut.moved(t, 1e-6)
+        return self._on_grid(t, batch.progress)
+
+    def _cut(self, progress: float) -> Truncation | None:
+        """The second stage, once it has begun."""
+        return self.truncation if self.truncation is not None and progress >= self.truncation.start else None
+
+    # -- with a step between the two points -----------------------------------------------------------------------------
+
+    def _pair(self, schedule: NoiseSchedule, t: Tensor, progress: float) -> Pair:
+        if self.gap is not None:
+            above = noise_ratio(schedule, t)
+            below = self.gap.below(above, progress)
+            weight = gap_weights(self.weighting, above, below)
+            return Pair(t, time_of(schedule, below), torch.zeros_like(t), weight / weight.mean())
+        n = self.intervals(progress)
+        i = (t * n).round().long() - 1
+        s = i.double() / n
+        end = torch.zeros_like(t) if not self.phased else segment_end(t, s, self.segment_count(progress), self.end)
+        return Pair(t, s, end, interval_weights(self.weighting, schedule, n, t.device)[i])
+
+    def _pair_loss(self, roles: Roles, batch: Batch, points: Points) -> tuple[Tensor, Made, dict[str, Tensor | float]]:
+        pair, condition = self._pair(roles.schedule, points.t, batch.progress), points.condition
+        end = pair.end if self.phased else None
+        with torch.no_grad():
+            x_s = self._further(roles, points, pair.s)
+            target = self._target(roles, x_s, pair.s, condition, end, batch.progress)
+        x0 = roles.student(points.x_t, pair.t, condition)
+        x = x0 if end is None else jump(roles.schedule, points.x_t, x0, pair.t, end)
+        distance = METRICS[self.metric](x, target)
+        weighted, cut = pair.weight.to(distance) * distance, self._cut(batch.progress)
+        loss = weighted.mean() if cut is None else cut.combined(weighted)
+        return loss, Made(x, x0, condition, end, target, _real(batch, points)), {"gap": (pair.t - pair.s).mean()}
+
+    def _further(self, roles: Roles, points: Points, s: Tensor) -> Tensor:
+        """x_s, one step further along."""
+        if self.solver == "data":
+            assert points.x0 is not None and points.noise is not None
+            return straight_step(roles.schedule, points.x0, points.noise, s)
+        teacher = Guided(roles.teacher, self.guidance_scale)
+        if self.solver == "sde":
+            return sde_step(teacher, points.x_t, points.t, s, points.condition, self.eta, self.substeps, points.said)
+        return solver_step(teacher, points.x_t, points.t, s, points.condition, self.solver, points.said)
+
+    def _target(self, roles: Roles, x_s: Tensor, s: Tensor, condition: Condition, end: Tensor | None, progress: float) -> Tensor:
+        """f⁻(x_s, s → e)."""
+        cut = self._cut(progress)
+        if self.target == "ema" or cut is not None:
+            assert roles.target is not None
+            kept = consistency_function(roles.target, x_s, s, condition, end)
+            if cut is None:
+                return kept
+        own = consistency_function(roles.student, x_s, s, condition, end)
+        return own if cut is None else torch.where(expand_to(s <= cut.level + 1e-6, own), kept, own)
+
+    @property
+    def phased(self) -> bool:
+        """Whether jumps end anywhere but at the data."""
+        return self.segments != [1] or self.end == "random"
+
+    # -- with none ----------------------------------------------------------------------------------------------------
+
+    def _tangent_loss(self, roles: Roles, batch: Batch, points: Points) -> tuple[Tensor, Made, dict[str, Tensor | float]]:
+        assert self.tangent is not None
+        settings, schedule, x_t, t, condition = self.tangent, roles.schedule, points.x_t, points.t, points.condition
+        sd = settings.data_std
+        with torch.no_grad():
+            if self.solver == "data":
+                assert points.x0 is not None and points.noise is not None
+                truth = straight_field(schedule, points.x0, points.noise, t, sd)
+            elif points.said is not None:
+                truth = field(Prediction(points.said, "x0", x_t, t, schedule), sd)
+            else:
+                truth = field(Guided(roles.teacher, self.guidance_scale).predict(x_t, t, condition), sd)
+            value, g = tangent(roles.student, truth, x_t, t, condition, settings.strength(batch.progress), settings)
+            wanted = value + normalized(g, settings.c)
+        prediction = roles.student.predict(x_t, t, condition)
+        loss = (field(prediction, sd) - wanted).square().flatten(1).mean(1)
+        logs: dict[str, Tensor | float] = {"tangent": g.flatten(1).norm(dim=1).mean() / g[0].numel() ** 0.5}
+        if settings.adaptive:
+            loss = leveled(loss, angle(schedule, t, sd), roles.state["tangent_means"], settings.memory)
+        x0 = prediction.x0
+        return loss.mean(), Made(x0, x0, condition, real=_real(batch, points)), logs
 
 
-def interval_weights(weighting: Weighting, schedule: NoiseSchedule, n: int) -> Tensor:
-    """w of the n intervals of the even grid, (n,), with mean 1; in terms of the noise-to-signal ratio r(t) = sigma/alpha:
-
-    ``uniform`` 1; ``inverse_gap`` 1/(r(t) − r(s)) (iCT, sec. 3.4); ``inverse_noise`` r(t)^(−1/2), at most 4. A distance between
-    x0-predictions is r times one between the network's own outputs, so that without a weight the loss is all about the
-    noisiest intervals, and the errors of the last ones, which every further step adds anew, hardly count.
-    """
-    grid = torch.arange(n + 1, dtype=torch.float64) / n
-    ratio = schedule.sigma(grid) / schedule.alpha(grid).clamp_min(1e-4)
-    ratio[0] = 0.0  # the data
-    if weighting == "uniform":
-        weights = torch.ones(n, dtype=torch.float64)
-    elif weighting == "inverse_gap":
-        weights = 1 / (ratio[1:] - ratio[:-1])
-    else:
-        weights = ratio[1:].rsqrt().clamp_max(4.0)
-    return weights / weights.mean()
+def _real(batch: Batch, points: Points) -> Tensor | None:
+    """The batch's real samples, one for each point."""
+    if batch.x0 is None or len(batch.x0) == len(points.x_t):
+        return batch.x0
+    return batch.x0.repeat(len(points.x_t) // len(batch.x0), *[1] * (batch.x0.dim() - 1))
 
 
-def straight_step(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, s: Tensor) -> Tensor:
-    """x_s on the line of (x0, noise): for the noise of x_t, E[x_s | x_t] is the step that the exact score takes, to second
-    order in t − s (Song et al. 2023, theorem 2)."""
-    return schedule.add_noise(x0, noise, s)
-
-
-def solver_step(
-    teacher: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, condition: Condition | None, solver: Literal["ddim", "heun"],
-) -> Tensor:
-    """One step of the teacher's PF-ODE from t to s < t: DDIM (first order; Euler where alpha = 1), or Heun's second-order
-    step in the same coordinates (for alpha = 1 EDM's, Karras et al. 2022, alg. 1)."""
-    x0 = teacher(x_t, t, condition)
-    x_s = teacher.schedule.ddim(x_t, x0, t, s)
-    if solver == "ddim":
-        return x_s
-    # Slopes at both ends in EDM's coordinates (x/alpha, sigma/alpha): dx/dsigma = (x − D)/sigma. At sigma = 0 no slope is
-    # defined, and at alpha = 0 (zero terminal SNR) the coordinates are not: the first-order step stands there.
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = teacher.schedule.coefficients(x_t, t), teacher.schedule.coefficients(x_t, s)
-    x0_s = teacher(x_s, s.clamp_min(teacher.schedule.t_min), condition)
-    y_t, y_s, level_t, level_s = x_t / alpha_t, x_s / alpha_s, sigma_t / alpha_t, sigma_s / alpha_s
-    slope = 0.5 * ((y_t - x0) / level_t + (y_s - x0_s) / level_s.clamp_min(1e-12))
-    second = alpha_s * (y_t + (level_s - level_t) * slope)
-    usable = (level_s > 0) & (level_t < 1e4)
-    return torch.where(usable, second.to(x_s), x_s)
+def consistency_function(network: Denoiser, x: Tensor, t: Tensor, condition: Condition | None, end: Tensor | None = None) -> Tensor:
+    """f(x, t → e): the x0-prediction, taken to ``end`` by DDIM if one is given, and x itself at e (the boundary condition, exact)."""
+    x0 = network(x, t.clamp_min(network.schedule.t_min), condition)
+    return jump(network.schedule, x, x0, t, torch.zeros_like(t) if end is None else end)

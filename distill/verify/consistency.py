@@ -66,7 +66,7 @@ def finite_grid_ratio(intervals: int, solver: str, std: float = 0.6, passes: int
     # A product grid of two unit normals, uncorrelated exactly: the moments have no sampling error.
     x0, noise = (g.reshape(-1, 1) for g in torch.meshgrid(first, first, indexing="ij"))
     for i in range(intervals):
-        with replaced(torch, "randint", lambda n, shape, i=i, **_: torch.full(shape, i)):  # every sample draws interval i
+        with replaced(rule, "snapped", lambda t, n, i=i: torch.full_like(t, (i + 1) / n)):  # every sample draws interval i
             _, loss, _ = next(iter(method.step(roles, Batch(noise, Condition(), x0 * std))))
         (gradient,) = torch.autograd.grad(loss, student.slopes, create_graph=True)
         (curvature,) = torch.autograd.grad(gradient[i + 1], student.slopes)
@@ -105,7 +105,7 @@ def finite_grid_checks() -> Iterator[Check]:
 # -- the boundary -------------------------------------------------------------------------------------------------------
 
 
-def without_boundary(network: Denoiser, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+def without_boundary(network: Denoiser, x: Tensor, t: Tensor, condition: Condition | None, end: Tensor | None = None) -> Tensor:
     """The ablation of ``consistency_function``: the network alone, also at t = 0."""
     return network(x, t.clamp_min(network.schedule.t_min), condition)
 
@@ -179,7 +179,7 @@ def map_checks() -> Iterator[Check]:
             error = map_error(teacher, student, t)
             yield at_most("consistency", f"trained map against the exact PF-ODE map, {type(schedule).__name__}, t = {t:g}", error, 0.02)
     denoised = gaussian(CosineVP(), *DATA)
-    with replaced(rule, "consistency_function", lambda network, x, t, condition: without_boundary(denoised, x, t, condition)):
+    with replaced(rule, "consistency_function", lambda network, x, t, condition, end: without_boundary(denoised, x, t, condition)):
         teacher, student = trained_map(CosineVP(), steps=1000)
     yield at_most("consistency", "ablation: the teacher's own x0-prediction as the target", map_error(teacher, student), 0.02, must_fail=True)
     teacher, student = trained_map(CosineVP(), MAP.model_copy(update={"discretization": (4, 4), "solver": "ddim"}), steps=1000)

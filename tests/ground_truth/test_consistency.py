@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from distill.analytic import gaussian
-from distill.methods.consistency import Consistency, solver_step
+from distill.mapping.solvers import solver_step
+from distill.methods.consistency import Consistency
 from distill.schedule import EDM, CosineVP, Flow
 from distill.verify import consistency
 

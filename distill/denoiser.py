@@ -28,19 +28,21 @@ class Condition:
     An argument is a (batch, ...) tensor, or a list with one entry per sample where entries differ in shape or are no
     tensors. ``values`` may be empty (an unconditional teacher); ``null`` is None where the teacher has no null condition.
     ``guidance`` is a guidance scale per sample, (batch,): a guided teacher uses it in place of its own fixed scale, and
-    a backbone with a guidance embedding is told it.
+    a backbone with a guidance embedding is told it. ``end`` is the time s, (batch,), that a jump from t is to end at: a
+    network with an embedding of the end time is told it, every other one takes no notice.
     """
 
     values: Values = field(default_factory=dict)
     null: Values | None = None
     guidance: Tensor | None = None
+    end: Tensor | None = None
 
     def _map(self, f: Callable[[Any], Any], g: Callable[[list[Any]], list[Any]]) -> Condition:
         def over(values: Values) -> dict[str, Any]:
             return {k: f(v) if isinstance(v, Tensor) else g(v) for k, v in values.items()}
 
-        guidance = None if self.guidance is None else f(self.guidance)
-        return Condition(over(self.values), None if self.null is None else over(self.null), guidance)
+        guidance, end = (None if v is None else f(v) for v in (self.guidance, self.end))
+        return Condition(over(self.values), None if self.null is None else over(self.null), guidance, end)
 
     def __getitem__(self, index: Any) -> Condition:
         """The samples of a slice, or of a tensor or sequence of indices."""
@@ -59,11 +61,15 @@ class Condition:
     def without_guidance(self) -> Condition:
         return replace(self, guidance=None)
 
+    def ending(self, end: Tensor) -> Condition:
+        """The same, told the time at which the jump ends."""
+        return replace(self, end=end)
+
     def unconditional(self) -> Condition:
         """The null condition for every sample."""
         if self.null is None:
             raise ValueError("this teacher has no null condition")
-        return Condition(self.null, self.null, self.guidance)
+        return Condition(self.null, self.null, self.guidance, self.end)
 
     def dropped(self, mask: Tensor) -> Condition:
         """The null condition where the (batch,) mask is true."""
@@ -79,7 +85,7 @@ class Condition:
                 return torch.where(mask.to(mine.device).reshape((-1,) + (1,) * (mine.dim() - 1)), mine, theirs)
             return [a if m else b for a, b, m in zip(mine, theirs, mask.tolist(), strict=True)]
 
-        return Condition({k: mixed(v, other.values[k]) for k, v in self.values.items()}, self.null, self.guidance)
+        return Condition({k: mixed(v, other.values[k]) for k, v in self.values.items()}, self.null, self.guidance, self.end)
 
 
 def cat(conditions: Sequence[Condition]) -> Condition:
@@ -91,10 +97,12 @@ def cat(conditions: Sequence[Condition]) -> Condition:
 
     nulls = [c.null for c in conditions if c.null is not None]
     guidances = [c.guidance for c in conditions if c.guidance is not None]
+    ends = [c.end for c in conditions if c.end is not None]
     return Condition(
         join([c.values for c in conditions]),
         None if first.null is None else join(nulls),
         None if first.guidance is None else torch.cat(guidances),
+        None if first.end is None else torch.cat(ends),
     )
 
 

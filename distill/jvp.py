@@ -102,7 +102,8 @@ def jvp(
 def _forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], network: Any) -> tuple[Tensor, Tensor]:
     _say_attention(network)
     with _plain_kernels(), forward_ad.dual_level():
-        duals = [p if v is None else forward_ad.make_dual(p.detach().contiguous(), v.detach().to(p).contiguous()) for p, v in zip(primals, tangents, strict=True)]
+        pairs = zip(primals, tangents, strict=True)
+        duals = [p if v is None else forward_ad.make_dual(p.detach().contiguous(), v.detach().to(p).contiguous()) for p, v in pairs]
         value, derivative = forward_ad.unpack_dual(function(*duals))
         value = value.clone()
         derivative = torch.zeros_like(value) if derivative is None else derivative.clone()

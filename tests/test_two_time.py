@@ -57,22 +57,16 @@ def test_any_backbone_starts_as_the_teacher_and_learns_where_to_end(name: str, l
     assert torch.equal(teacher.denoiser(x, t, told.ending(s)), before)  # takes no notice
     assert roles.critic is not None and torch.equal(roles.critic(x, t, told.ending(s)), before)
     # Each sample is told its own end, and one without an end is at s = t.
-    assert torch.allclose(roles.student(x[:1], t[:1], told[:1].ending(s[:1])), moved[:1], atol=1e-5)
+    assert torch.allclose(roles.student(x[:1], t[:1], told[:1].ending(s[:1])), moved[:1], rtol=1e-4, atol=1e-3)
     assert torch.equal(roles.student(x, t, told), roles.student(x, t, told.ending(t)))
 
 
 def test_a_backbone_without_an_embedding_of_the_time_is_refused() -> None:
     teacher = Teacher(tiny_unet2d())
 
-    class Deaf(nn.Module):
-        def forward(self, temb: Tensor) -> Tensor:
-            return temb
-
     with torch.no_grad():
-        teacher.backbone.time_embedding = Deaf()  # type: ignore[assignment]
-        for n, m in teacher.backbone.named_modules():
-            if n.endswith("time_emb_proj"):
-                nn.init.zeros_(m.weight)  # type: ignore[arg-type]
+        for p in teacher.backbone.time_embedding.parameters():  # type: ignore[union-attr]
+            p.zero_()
     with pytest.raises(UserError, match="UNet2DModel has no embedding of the time alone"):
         build_roles(teacher, ["student"], end_time=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ def checkpoint_activations(backbone: nn.Module, *switches: Any) -> None:
     """Keep only each block's inputs in a forward with gradients; the rest is computed again in the backward pass.
 
     The second computation has to run with the weights of the first, and comes when the forward's own context has long
-    been left: so what each switch (adapters, masters, embeddings of the end time) has in use is noted with the block. Hidden features may still be caught inside the blocks.
+    been left: so what each switch (adapters, masters, embeddings of the end time) has in use is noted with the block. Hidden
+    features may still be caught inside the blocks.
 
     Raises:
         UserError: if the backbone's class cannot do it.

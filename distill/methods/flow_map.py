@@ -70,12 +70,14 @@ class FlowMap(Method):
     middle: Literal["uniform", "half"] = "uniform"  #: where a jump is split, in t
     # teacher_step
     solver: Literal["ddim", "heun"] = "heun"
-    solver_steps: Annotated[int, Field(ge=1)] = 2  #: on the way from t to m
-    reach: Annotated[float, Field(gt=0, le=1)] = 0.25  #: the longest t − m; m is uniform below it, and above s
+    solver_steps: Annotated[int, Field(ge=1)] = 4  #: on the way from t to m
+    reach: Annotated[float, Field(gt=0, le=1)] = 1.0  #: the longest t − m; m is uniform below it, and above s
     compare: Literal["end", "data"] = "end"  #: the two states at s, or what they become at s = 0 (CTM's soft consistency)
 
     # the loss
-    power: Annotated[float, Field(ge=0, le=1)] = 0.5  #: p of e/(sg e + c)^p, e the mean square of a sample's error: 0 is L2, ½ near a norm
+    #: p of e/(sg e + c)^p, e the mean square of a sample's error: 0 is L2, ½ near a norm. For a u without data's noise, or with it everywhere:
+    #: beside jumps of small error the diagonal's noisy ones would hardly count
+    power: Annotated[float, Field(ge=0, le=1)] = 0.0
     constant: Annotated[float, Field(gt=0)] = 1e-3  #: c
     gan: GAN | None = None  #: an adversary of the jumps to data, see matching/adversary.py
 
@@ -90,6 +92,9 @@ class FlowMap(Method):
             )
         if self.target == "teacher_step" and self.pairs.backward:
             raise ValueError("pairs.backward: the teacher's solver only leads down: use another target")
+        noisy = self.velocity == "own" or (self.velocity == "data" and self.target != "eulerian")
+        if self.power and noisy and self.pairs.diagonal:
+            raise ValueError(f"power: velocity {self.velocity} with target {self.target} has noise on the diagonal alone, which such weights drown: set power: 0")
         if self.compare == "data" and (self.target != "teacher_step" or self.network != "ema"):
             raise ValueError("compare: data is for target: teacher_step with network: ema, through which the gradient passes")
         if self.gan is not None and (self.gan.features == "critic" or self.gan.real != "data"):
@@ -125,21 +130,21 @@ class FlowMap(Method):
         schedule, told = roles.schedule, self._told(batch)
         t, s = self.pairs.draw(batch.x0, schedule, batch.progress)
         x_t = schedule.add_noise(batch.x0, batch.noise, t)
-        first = self.pairs.on_diagonal(len(t))
+        first, network = self.pairs.on_diagonal(len(t)), roles.target or roles.student
         on, off = slice(first), slice(first, None)
-        network = roles.target or roles.student
         with torch.no_grad():
-            seen = self._velocity(roles, network, batch, x_t, t, told)
-            wanted = [seen[on], *([self._wanted(roles, network, seen[off], x_t[off], t[off], s[off], told[off], batch.progress)] if first < len(t) else [])]
+            wanted = self._velocity(roles, network, batch, x_t, t, told)
+            if first < len(t):
+                wanted = torch.cat([wanted[on], self._wanted(roles, network, wanted[off], x_t[off], t[off], s[off], told[off], batch.progress)])
         said = average_velocity(roles.student, x_t, t, s, told)
-        errors = said - torch.cat(wanted).to(said)
+        errors = said - wanted.to(said)
         if self.compare == "data":
-            errors = torch.cat([errors[on], self._at_data(roles, said[off], wanted[-1], x_t[off], t[off], s[off], told[off])])
+            errors = torch.cat([errors[on], self._at_data(roles, said[off], wanted[off], x_t[off], t[off], s[off], told[off])])
         each = errors.flatten(1).square().mean(1)
         loss = (each / (each.detach() + self.constant) ** self.power).mean()
-        logs = {"diagonal": each[on].detach().mean(), "jumps": each[off].detach().mean()}
+        logs = {name: each[rows].detach().mean() for name, rows in (("diagonal", on), ("jumps", off)) if len(each[rows])}
         if self.gan is None:
-            yield "student", loss, {k: v for k, v in logs.items() if v.isfinite()}
+            yield "student", loss, logs
             return
         zero = torch.zeros_like(t)
         made = jump(roles.student, x_t, t, zero, told)
@@ -154,17 +159,22 @@ class FlowMap(Method):
         return batch.condition.dropped(torch.rand(len(batch.noise), device=batch.noise.device) < self.null)
 
     def _velocity(self, roles: Roles, network: Denoiser, batch: Batch, x_t: Tensor, t: Tensor, told: Condition) -> Tensor:
-        """u at x_t of all samples, (batch, ...)."""
+        """u at x_t where it is wanted: of all samples, or of those on the diagonal, the first ones; (samples, ...)."""
+        first = self.pairs.on_diagonal(len(t))
+        some = slice(None) if self.target == "eulerian" else slice(first)
+        x_t, t, told = x_t[some], t[some], told[some]
+        if not len(t):
+            return x_t
         if self.velocity == "teacher":
             return Guided(roles.teacher, self.guidance_scale).predict(x_t, t, told).as_kind("flow")
         assert batch.x0 is not None
-        u = batch.noise - batch.x0
+        u = (batch.noise - batch.x0)[some]
         if self.guidance_scale != 1 and told.null is not None:
             free = average_velocity(network, x_t, t, t, told.unconditional())
             u = free + self.guidance_scale * (u - free)
         if self.velocity == "own":
-            off = slice(self.pairs.on_diagonal(len(t)), None)
-            u = torch.cat([u[: off.start], average_velocity(network, x_t[off], t[off], t[off], told[off]).to(u)])
+            off = slice(first, None)
+            u = torch.cat([u[:first], average_velocity(network, x_t[off], t[off], t[off], told[off]).to(u)]) if first < len(t) else u
         return u
 
     def _wanted(self, roles: Roles, network: Denoiser, u: Tensor, x_t: Tensor, t: Tensor, s: Tensor, told: Condition, progress: float) -> Tensor:
@@ -180,14 +190,9 @@ class FlowMap(Method):
     def _eulerian(self, network: Denoiser, u: Tensor, x_t: Tensor, t: Tensor, s: Tensor, told: Condition, progress: float) -> Tensor:
         schedule = network.schedule
         (tau, _, slope), (tau_s, _, _) = clock(schedule, t), clock(schedule, s)
-        tangent = self.tangent(schedule.convert(u, x_t, t, "flow", "velocity") / expand_to(slope, x_t))  # dx/dtau
+        tangent = schedule.convert(u, x_t, t, "flow", "velocity") / expand_to(slope, x_t)  # dx/dtau
         _, change = directional_derivative(network, x_t, t, told, v_x=tangent, v_t=1 / slope, s=s, kind="flow", mode=self.derivative)
         return u - self._tempered(expand_to(tau - tau_s, x_t) * change, progress)
-
-    @staticmethod
-    def tangent(velocity: Tensor) -> Tensor:
-        """How x_t moves as the start of the jump does: along the trajectory."""
-        return velocity
 
     def _lagrangian(self, roles: Roles, network: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, told: Condition, progress: float) -> Tensor:
         schedule = network.schedule
@@ -214,16 +219,11 @@ class FlowMap(Method):
         (tau, _, _), (tau_m, _, _), (tau_s, _, _) = (clock(network.schedule, time) for time in (t, m, s))
         # The shortest jumps are made of two steps of Euler's along the diagonal.
         finest = 2 * self.pairs.high / self.pairs.powers_of_two + 1e-9 if self.pairs.powers_of_two else 0.0
-        ends = [torch.where((t - s).abs() <= finest, start, end) for start, end in self.halves(t, m, s)]
+        ends = [torch.where((t - s).abs() <= finest, start, end) for start, end in halves(t, m, s)]
         one = average_velocity(network, x_t, t, ends[0], told)
         two = average_velocity(network, moved(network.schedule, x_t, t, m, one), m.clamp_min(network.schedule.t_min), ends[1], told)
         g = expand_to((tau - tau_m) / torch.where(tau == tau_s, 1.0, tau - tau_s), x_t)
         return g * double(one) + (1 - g) * double(two)
-
-    @staticmethod
-    def halves(t: Tensor, m: Tensor, s: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(start, end) of the two jumps that make up one."""
-        return (t, m), (m, s)
 
     def _teacher_step(self, roles: Roles, network: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, told: Condition) -> Tensor:
         schedule = network.schedule
@@ -243,3 +243,8 @@ class FlowMap(Method):
         network, schedule, at = roles.target, roles.schedule, s.clamp_min(roles.schedule.t_min)
         ends = [jump(network, moved(schedule, x_t, t, s, u.to(said)), at, torch.zeros_like(s), told) for u in (said, wanted)]
         return ends[0] - ends[1].detach()
+
+
+def halves(t: Tensor, m: Tensor, s: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(start, end) of the two jumps that make up one."""
+    return (t, m), (m, s)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
+from distill.analytic import GaussianMixture, MLPDenoiser, TwoTimeMLP, gaussian
 from distill.denoiser import Condition, Denoiser
 from distill.losses.adversarial import Discriminator, feature_body
 from distill.methods.base import Batch, Method, Pairs
@@ -33,7 +33,8 @@ def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
     """A two-dimensional Gaussian teacher and MLPs for the roles that the method asks for."""
     torch.manual_seed(0)
     schedule = teacher.schedule
-    networks: dict[str, MLPDenoiser] = {role: MLPDenoiser(schedule, 2, width=32, data_std=0.8) for role in method.roles}
+    kind = TwoTimeMLP if method.end_time() else MLPDenoiser
+    networks: dict[str, MLPDenoiser] = {role: kind(schedule, 2, width=32, data_std=0.8) for role in method.roles}
     if "target" in networks:
         networks["target"].load_state_dict(networks["student"].state_dict())
     wanted = method.discriminator_features()
@@ -118,6 +119,7 @@ def step_faults(method: Method, progress: float = 0.0) -> dict[str, int]:
 def distance(student: Denoiser, teacher: GaussianMixture) -> float:
     """Fréchet distance of one-step samples to the teacher's Gaussian, dimension by dimension."""
     noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
-    x = student(noise, torch.tensor(1.0, dtype=torch.float64)).double()
+    to_data = Condition(end=torch.zeros(len(noise), dtype=torch.float64))
+    x = student(noise, torch.tensor(1.0, dtype=torch.float64), to_data).double()
     mean, std = teacher.means[0], teacher.stds[0]
     return float(((x.mean(0) - mean) ** 2 + (x.std(0) - std) ** 2).sum())

@@ -24,9 +24,10 @@ DATA = ((0.5, -0.3), (0.6, 0.9))  #: mean and standard deviation of the Gaussian
 SCHEDULES: dict[str, NoiseSchedule] = {"VP": CosineVP(), "EDM": EDM(sigma_max=20.0), "flow": Flow()}
 TARGETS = ("eulerian", "lagrangian", "progressive", "teacher_step")
 STEPS = (1, 2, 4, 8, 16)
+STEPS_OF = {"lagrangian": 1200, "teacher_step": 1200}  #: training of those that learn the longest jump last
 #: one long step is the hardest: some of the jumps are that one
 PAIRS = TimePairs(to_data=0.2, from_noise=0.3)
-DATA_STEPS = 2500
+DATA_STEPS = 1500  #: where u is data's; of twice the batch
 
 
 def checks() -> Iterator[Check]:
@@ -54,7 +55,7 @@ def deviation(method: FlowMap, schedule: NoiseSchedule, wrong: bool = False, bat
     """|mean| of the loss's derivative in the map's scale over its standard error: where u is data's, only the mean is zero."""
     torch.manual_seed(0)
     teacher = gaussian(schedule, *DATA)
-    student = ExactFlowMap(teacher, gaussian(schedule, DATA[0], (0.7, 0.9)) if wrong else None)
+    student = ExactFlowMap(teacher, gaussian(schedule, DATA[0], (0.9, 1.2)) if wrong else None)
     slopes = []
     for _ in range(batches):
         batch = Batch(torch.randn(2000, 2, dtype=torch.float64), Condition(), teacher.sample(2000).double())
@@ -147,19 +148,20 @@ def map_checks(schedules: Sequence[str] = tuple(SCHEDULES), targets: Sequence[st
     """Students of the exact teacher reach its map, by every target, under every schedule; more steps only help."""
     for name in schedules:
         for target in targets:
-            errors = map_errors(*trained(distilled(target), SCHEDULES[name]))
+            errors = map_errors(*trained(distilled(target), SCHEDULES[name], STEPS_OF.get(target, 800)))
             yield at_most("flow_map", f"{name}, {target}: error of the trained map, one step", errors[0], 0.02)
             rise = max(b - a for a, b in zip(errors, errors[1:], strict=False))
-            yield at_most("flow_map", f"{name}, {target}: largest rise of the error in 1, 2, 4, 8, 16 steps", rise, 0.004)
+            yield at_most("flow_map", f"{name}, {target}: largest rise of the error in 1, 2, 4, 8, 16 steps", rise, 0.008)
             yield at_most("flow_map", f"{name}, {target}: error in 16 steps", errors[-1], 0.01)
 
 
 def data_checks() -> Iterator[Check]:
     """Without a teacher: the law of the data, which on a Gaussian with this coupling is the same map."""
-    for target, velocity in (("eulerian", "data"), ("eulerian", "own"), ("lagrangian", "own"), ("progressive", "data")):
+    for target, velocity, bound in (("eulerian", "data", 0.02), ("eulerian", "own", 0.03), ("lagrangian", "own", 0.06), ("progressive", "data", 0.04)):
         method = FlowMap(target=target, velocity=velocity, pairs=PAIRS)  # type: ignore[arg-type]
-        error = map_errors(*trained(method, SCHEDULES["flow"], DATA_STEPS), (1,))[0]
-        yield at_most("flow_map", f"flow, {target}, u {velocity}: error of the map learnt from samples, one step", error, 0.04)
+        errors = map_errors(*trained(method, SCHEDULES["flow"], DATA_STEPS, 512), (1, 16))
+        yield at_most("flow_map", f"flow, {target}, u {velocity}: error of the map learnt from samples, one step", errors[0], bound)
+        yield at_most("flow_map", f"flow, {target}, u {velocity}: 16 steps", errors[1], 0.012)
 
 
 # -- what must not be left out ------------------------------------------------------------------------------------------

@@ -8,12 +8,14 @@
     + an adversary of the jumps to data                                                                                           (eq. 9)
 
 The paper balances the terms by the norms of their gradients at the last layer; here the weights are settings (``pairs.diagonal``, ``gan.weight``).
-Its distance is LPIPS; here the mean square.
+Its distance is LPIPS; here the mean square. Its averaged weights' decay is 0.999, for long trainings.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from distill.matching.time_pairs import TimePairs
 from distill.methods.flow_map import FlowMap, Target
@@ -26,5 +28,6 @@ class CTM(FlowMap):
     target: Target = "teacher_step"
     velocity: Literal["teacher", "data", "own"] = "data"
     network: Literal["stop_gradient", "ema"] = "ema"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     compare: Literal["end", "data"] = "data"
     pairs: TimePairs = TimePairs(to_data=0.2)

@@ -20,6 +20,7 @@ data's noise − x0, of which u is the mean: then no teacher is asked, and the s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -94,7 +95,8 @@ class FlowMap(Method):
             raise ValueError("pairs.backward: the teacher's solver only leads down: use another target")
         noisy = self.velocity == "own" or (self.velocity == "data" and self.target != "eulerian")
         if self.power and noisy and self.pairs.diagonal:
-            raise ValueError(f"power: velocity {self.velocity} with target {self.target} has noise on the diagonal alone, which such weights drown: set power: 0")
+            why = f"velocity {self.velocity} with target {self.target} has noise on the diagonal alone, which such weights drown"
+            raise ValueError(f"power: {why}: set power: 0")
         if self.compare == "data" and (self.target != "teacher_step" or self.network != "ema"):
             raise ValueError("compare: data is for target: teacher_step with network: ema, through which the gradient passes")
         if self.gan is not None and (self.gan.features == "critic" or self.gan.real != "data"):
@@ -241,8 +243,22 @@ class FlowMap(Method):
         """The difference of both states once a frozen network has carried them to data."""
         assert roles.target is not None
         network, schedule, at = roles.target, roles.schedule, s.clamp_min(roles.schedule.t_min)
-        ends = [jump(network, moved(schedule, x_t, t, s, u.to(said)), at, torch.zeros_like(s), told) for u in (said, wanted)]
+        with frozen(network):
+            ends = [jump(network, moved(schedule, x_t, t, s, u.to(said)), at, torch.zeros_like(s), told) for u in (said, wanted)]
         return ends[0] - ends[1].detach()
+
+
+@contextmanager
+def frozen(network: Denoiser) -> Iterator[None]:
+    """Gradients pass through what it computes now, and not into it."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_()
 
 
 def halves(t: Tensor, m: Tensor, s: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

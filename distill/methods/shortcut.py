@@ -4,15 +4,16 @@
 
     U(x, t, t − d) = ½ [U(x, t, t − d/2) + U(x', t − d/2, t − d)],    x' = X(x, t → t − d/2);     d = 1, ½, … 2/M     (eq. 5; in tau's weights)
 
-by the averaged weights, beside flow matching on real data for 7/8 of the batch. No derivative is taken. Here flow matching is told d = 0, and
-the shortest jumps are two Euler steps of it. Other lengths than halvings are never trained: most_steps is a power of two.
+by the averaged weights, beside flow matching on real data. No derivative is taken. Here flow matching is told d = 0, and the shortest jumps
+are two Euler steps of it. Other lengths than halvings are never trained: most_steps is a power of two. The paper, for long trainings: M = 128,
+flow matching for 7/8 of the batch, decay 0.999.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from distill.matching.time_pairs import TimePairs
 from distill.methods.flow_map import FlowMap, Target
@@ -26,7 +27,8 @@ class Shortcut(FlowMap):
     velocity: Literal["teacher", "data", "own"] = "data"
     middle: Literal["uniform", "half"] = "half"
     network: Literal["stop_gradient", "ema"] = "ema"
-    pairs: TimePairs = TimePairs(diagonal=0.875, powers_of_two=128)
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    pairs: TimePairs = TimePairs(diagonal=0.5, powers_of_two=32)
 
     @model_validator(mode="after")
     def _trained(self) -> Shortcut:

@@ -114,7 +114,11 @@ def trained(method: FlowMap, schedule: NoiseSchedule, steps: int = 800, batch: i
     if "target" in method.roles:
         roles.target = AffineMap(schedule)
         roles.target.load_state_dict(student.state_dict())
-    kept = train(method, roles, lambda step: Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch)), steps, {"student": 5e-3}, (0.9, 0.99), average=0.99)
+
+    def draw(step: int) -> Batch:
+        return Batch(torch.randn(batch, 2), Condition(), teacher.sample(batch))
+
+    kept = train(method, roles, draw, steps, {"student": 5e-3}, (0.9, 0.99), average=0.99)
     with torch.no_grad():
         for p, average in zip(student.parameters(), kept, strict=True):
             p.copy_(average)

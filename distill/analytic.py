@@ -154,10 +154,11 @@ class ExactFlowMap(Denoiser):
 
     def __init__(self, teacher: GaussianMixture, other: GaussianMixture | None = None) -> None:
         self.teacher, self.law, self.schedule = teacher, other or teacher, teacher.schedule
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))  #: something to train: the exact map has it at one
+        #: something to train, zero in the exact map: a shift of the velocity, and a tilt of it
+        self.change = nn.Parameter(torch.zeros(2, self.law.means.shape[1], dtype=torch.float64))
 
     def parameters(self) -> list[nn.Parameter]:
-        return [self.scale]
+        return [self.change]
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
         t = double(t).expand(len(x_t))
@@ -170,8 +171,9 @@ class ExactFlowMap(Denoiser):
         # with r = deviation/c, r² = (1 − tau)² std² + tau², the difference of r over that of tau is taken without the quotient 0/0.
         r, r_s, tau, tau_s = deviation / c, deviation_s / c_s, b / c, b_s / c_s
         slope = ((tau + tau_s) - (2 - tau - tau_s) * std**2) / (r + r_s)
-        velocity = -mean + slope * (x - a * mean) / deviation
-        return Prediction(self.scale * velocity, "flow", x_t, t, self.schedule)
+        unit = (x - a * mean) / deviation
+        velocity = -mean + slope * unit + self.change[0] + self.change[1] * unit
+        return Prediction(velocity, "flow", x_t, t, self.schedule)
 
 
 class ExactCritic(Denoiser):

@@ -7,8 +7,8 @@
     + denoising of real data by g(x, t, t):   the share of the batch with s = t                                                   (eq. 8)
     + an adversary of the jumps to data                                                                                           (eq. 9)
 
-The paper balances the terms by the norms of their gradients at the last layer; here the weights are settings (``pairs.diagonal``, ``gan.weight``).
-Its distance is LPIPS; here the mean square. Its averaged weights' decay is 0.999, for long trainings.
+The denoising term is balanced with the first by the norms of their gradients, as in the paper (there at the last layer, here at U); the
+adversary's weight is a setting. Its distance is LPIPS; here the mean square. Its averaged weights' decay is 0.999, for long trainings.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class CTM(FlowMap):
     target: Target = "teacher_step"
     velocity: Literal["teacher", "data", "own"] = "data"
     network: Literal["stop_gradient", "ema"] = "ema"
+    balance: bool = True
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     compare: Literal["end", "data"] = "data"
     pairs: TimePairs = TimePairs(to_data=0.2)

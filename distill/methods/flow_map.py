@@ -71,7 +71,7 @@ class FlowMap(Method):
     middle: Literal["uniform", "half"] = "uniform"  #: where a jump is split, in t
     # teacher_step
     solver: Literal["ddim", "heun"] = "heun"
-    solver_steps: Annotated[int, Field(ge=1)] = 4  #: on the way from t to m
+    solver_steps: Annotated[int, Field(ge=1)] = 8  #: on the way from t to m; their error is the student's
     reach: Annotated[float, Field(gt=0, le=1)] = 1.0  #: the longest t − m; m is uniform below it, and above s
     compare: Literal["end", "data"] = "end"  #: the two states at s, or what they become at s = 0 (CTM's soft consistency)
 
@@ -80,6 +80,8 @@ class FlowMap(Method):
     #: beside jumps of small error the diagonal's noisy ones would hardly count
     power: Annotated[float, Field(ge=0, le=1)] = 0.0
     constant: Annotated[float, Field(gt=0)] = 1e-3  #: c
+    #: scale the diagonal's part such that its gradient in U is as large as the jumps' (CTM's adaptive weight, there at the last layer)
+    balance: bool = False
     gan: GAN | None = None  #: an adversary of the jumps to data, see matching/adversary.py
 
     @model_validator(mode="after")
@@ -143,8 +145,9 @@ class FlowMap(Method):
         if self.compare == "data":
             errors = torch.cat([errors[on], self._at_data(roles, said[off], wanted[off], x_t[off], t[off], s[off], told[off])])
         each = errors.flatten(1).square().mean(1)
-        loss = (each / (each.detach() + self.constant) ** self.power).mean()
-        logs = {name: each[rows].detach().mean() for name, rows in (("diagonal", on), ("jumps", off)) if len(each[rows])}
+        each = each / (each.detach() + self.constant) ** self.power
+        loss = self._balanced(each, said, first) if self.balance and 0 < first < len(t) else each.mean()
+        logs = {name: errors[rows].detach().square().mean() for name, rows in (("diagonal", on), ("jumps", off)) if len(each[rows])}
         if self.gan is None:
             yield "student", loss, logs
             return
@@ -154,6 +157,12 @@ class FlowMap(Method):
         yield "student", loss + self.gan.weight * adversary, logs | {"adversary": adversary.detach()}
         judged, accuracy = discriminator_loss(self.gan, roles, made.detach(), told, batch.x0, batch.progress)
         yield "discriminator", self.gan.discriminator_weight * judged, {"accuracy": accuracy}
+
+    def _balanced(self, each: Tensor, said: Tensor, first: int) -> Tensor:
+        """Mean of both parts, the diagonal's at most ten times as heavy as it is, and at least a hundredth."""
+        diagonal, jumps = each[:first].sum() / len(each), each[first:].sum() / len(each)
+        slopes = [torch.autograd.grad(part, said, retain_graph=True)[0].norm() for part in (diagonal, jumps)]
+        return jumps + (slopes[1] / slopes[0].clamp_min(1e-12)).clamp(0.01, 10.0) * diagonal
 
     def _told(self, batch: Batch) -> Condition:
         if self.velocity == "teacher" or self.guidance_scale == 1 or batch.condition.null is None:

@@ -119,7 +119,8 @@ def test_pairs_of_times() -> None:
     [
         ({"steps": 3}, "multiple"), ({"pairs": {"interval": 0.2}}, "set more steps"), ({"compare": "data"}, "network: ema"),
         ({"target": "teacher_step", "pairs": {"backward": 0.5}}, "only leads down"), ({"velocity": "own", "power": 0.5}, "set power: 0"),
-        ({"gan": {"features": "critic"}}, "no critic"), ({"pairs": {"powers_of_two": 6}}, "2, 4, 8"), ({"pairs": {"powers_of_two": 8, "grow": 0.5}}, "fixes the jumps"),
+        ({"gan": {"features": "critic"}}, "no critic"), ({"pairs": {"powers_of_two": 6}}, "2, 4, 8"),
+        ({"pairs": {"powers_of_two": 8, "grow": 0.5}}, "fixes the jumps"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -131,10 +131,14 @@ def build_roles(
     """
     denoiser = teacher.denoiser
     # Found before adapters are put into the backbone; each network gets one of its own.
-    first = end_time_embedding(teacher) if end_time else None
+    fresh: list[Any] = [end_time_embedding(teacher, denoiser)] if end_time and lora is not None else []
 
-    def ends(role: str) -> Any:
-        return None if role in like_teacher else copy.deepcopy(first)
+    def ends(role: str, network: BackboneDenoiser) -> Any:
+        if not end_time or role in like_teacher:
+            return None
+        if not fresh:
+            fresh.append(end_time_embedding(teacher, network))
+        return copy.deepcopy(fresh[0])
 
     if lora is not None:
         if guidance_embedding:
@@ -151,7 +155,7 @@ def build_roles(
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         copies = [_copied(denoiser, embed, trained, changes, fixed=role == "target") for _ in range(1 if route is None or not follows_student else route.count)]
         for network in copies:
-            _tell_end(network, ends(role), fixed=role == "target")
+            _tell_end(network, ends(role, network), fixed=role == "target")
         made[role] = _joined(copies, route)
     if critic_lora is None or not on_teacher:
         return Roles(denoiser, **made), None
@@ -186,7 +190,7 @@ def adapter_name(role: str, k: int) -> str:
 
 def _adapted(
     teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str], like_teacher: Sequence[str], route: Route | None,
-    ends: Callable[[str], Any],
+    ends: Callable[[str, BackboneDenoiser], Any],
 ) -> tuple[dict[str, Any], Adapters]:
     """Roles that are adapters on the teacher's backbone; the teacher is "adapters off" from here on."""
     names = {r: [adapter_name(r, k) for k in range(1 if route is None or r in like_teacher else route.count)] for r in wanted}
@@ -195,7 +199,7 @@ def _adapted(
 
     def network(role: str, name: str) -> BackboneDenoiser:
         made = BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(name), adapters.named_parameters(name))
-        _tell_end(made, ends(role), fixed=role == "target")
+        _tell_end(made, ends(role, made), fixed=role == "target")
         return made
 
     return {role: _joined([network(role, name) for name in several], route) for role, several in names.items()}, adapters

@@ -43,7 +43,7 @@ def ends(roles: Roles, role: str = "student") -> list[nn.Parameter]:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_any_backbone_starts_as_the_teacher_and_learns_where_to_end(name: str, lora: LoRA | None) -> None:
     teacher = build(name)
-    found = time_modules(teacher)
+    found = time_modules(teacher, teacher.denoiser)
     assert [n.replace("time_text_embed.text_embedder", "") for n in found] == PLACES[name]
     x, t, told = question(teacher)
     s = torch.tensor([0.3, 0.0], dtype=torch.float64)

@@ -82,6 +82,10 @@ def jvp(
         UserError: if forward mode is wanted and not there, or finite differences of a network in half precision.
     """
     network = getattr(owner, "backbone", owner)
+    if primals[0].is_meta:  # a plan's networks have no values: it is weighed as two evaluations at once are
+        with torch.no_grad():
+            value, _ = function(*primals), function(*primals)
+        return value, torch.zeros_like(value)
     if mode == "finite_difference" or (mode == "auto" and network is not None and network in _without):
         return _central(function, primals, tangents, steps, owner)
     try:

@@ -29,6 +29,8 @@ class CTM(FlowMap):
     velocity: Literal["teacher", "data", "own"] = "data"
     network: Literal["stop_gradient", "ema"] = "ema"
     balance: bool = True
+    reach: Annotated[float, Field(gt=0, le=1)] = 1.0
+    solver_steps: Annotated[int, Field(ge=1)] = 8
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
     compare: Literal["end", "data"] = "data"
     pairs: TimePairs = TimePairs(to_data=0.2)

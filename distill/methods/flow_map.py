@@ -71,8 +71,8 @@ class FlowMap(Method):
     middle: Literal["uniform", "half"] = "uniform"  #: where a jump is split, in t
     # teacher_step
     solver: Literal["ddim", "heun"] = "heun"
-    solver_steps: Annotated[int, Field(ge=1)] = 8  #: on the way from t to m; their error is the student's
-    reach: Annotated[float, Field(gt=0, le=1)] = 1.0  #: the longest t − m; m is uniform below it, and above s
+    solver_steps: Annotated[int, Field(ge=1)] = 4  #: on the way from t to m; their error is the student's
+    reach: Annotated[float, Field(gt=0, le=1)] = 0.25  #: the longest t − m; m is uniform below it, and above s
     compare: Literal["end", "data"] = "end"  #: the two states at s, or what they become at s = 0 (CTM's soft consistency)
 
     # the loss
@@ -146,7 +146,7 @@ class FlowMap(Method):
             errors = torch.cat([errors[on], self._at_data(roles, said[off], wanted[off], x_t[off], t[off], s[off], told[off])])
         each = errors.flatten(1).square().mean(1)
         each = each / (each.detach() + self.constant) ** self.power
-        loss = self._balanced(each, said, first) if self.balance and 0 < first < len(t) else each.mean()
+        loss = self._balanced(each, said, first) if self.balance and said.requires_grad and 0 < first < len(t) else each.mean()
         logs = {name: errors[rows].detach().square().mean() for name, rows in (("diagonal", on), ("jumps", off)) if len(each[rows])}
         if self.gan is None:
             yield "student", loss, logs

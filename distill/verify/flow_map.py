@@ -146,7 +146,7 @@ def map_errors(teacher: GaussianMixture, student: Denoiser, steps: Sequence[int]
 
 def distilled(target: str) -> FlowMap:
     """The setting of a small Gaussian teacher's student."""
-    return FlowMap(target=target, power=0.5, pairs=PAIRS, solver_steps=6)  # type: ignore[arg-type]
+    return FlowMap(target=target, power=0.5, pairs=PAIRS)  # type: ignore[arg-type]
 
 
 def map_checks(schedules: Sequence[str] = tuple(SCHEDULES), targets: Sequence[str] = TARGETS) -> Iterator[Check]:

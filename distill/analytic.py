@@ -143,6 +143,39 @@ class ExactMap(Denoiser):
         return Prediction(self.teacher.flow_map(x_t, t, torch.zeros_like(t)), "x0", x_t, t, self.schedule)
 
 
+class ExactFlowMap(Denoiser):
+    """The flow map that has converged: told an end, a Gaussian's exact average velocity on the way there; else its denoiser.
+
+    Args:
+        other: another Gaussian, whose map it is instead (a wrong one).
+    """
+
+    kind: Kind = "flow"
+
+    def __init__(self, teacher: GaussianMixture, other: GaussianMixture | None = None) -> None:
+        self.teacher, self.law, self.schedule = teacher, other or teacher, teacher.schedule
+        #: something to train, zero in the exact map: a shift of the velocity, and a tilt of it
+        self.change = nn.Parameter(torch.zeros(2, self.law.means.shape[1], dtype=torch.float64))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.change]
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()) -> Prediction:
+        t = double(t).expand(len(x_t))
+        s = t if condition is None or condition.end is None else condition.end
+        mean, std, x = self.law.means[0], self.law.stds[0], double(x_t)
+        (a, b), (a_s, b_s) = self.schedule.coefficients(x, t), self.schedule.coefficients(x, s)
+        deviation, deviation_s = (((k * std) ** 2 + m**2).sqrt() for k, m in ((a, b), (a_s, b_s)))
+        c, c_s = a + b, a_s + b_s
+        # z_s − z_t = (a_s/c_s − a/c) mean + (deviation_s/c_s − deviation/c) (x − a mean)/deviation, over tau_s − tau_t = (1 − a_s/c_s) − (1 − a/c);
+        # with r = deviation/c, r² = (1 − tau)² std² + tau², the difference of r over that of tau is taken without the quotient 0/0.
+        r, r_s, tau, tau_s = deviation / c, deviation_s / c_s, b / c, b_s / c_s
+        slope = ((tau + tau_s) - (2 - tau - tau_s) * std**2) / (r + r_s)
+        unit = (x - a * mean) / deviation
+        velocity = -mean + slope * unit + self.change[0] + self.change[1] * unit
+        return Prediction(velocity, "flow", x_t, t, self.schedule)
+
+
 class ExactCritic(Denoiser):
     """The critic that has converged: at every call the exact denoiser of an affine generator's samples."""
 
@@ -215,3 +248,19 @@ class MLPDenoiser(Denoiser, nn.Module):  # type: ignore[misc]
             x0 = alpha * self.data_std**2 / variance * x_t + self.data_std * sigma / variance.sqrt() * x0
         state = torch.cat([x_t, t[:, None].to(x_t)], 1)
         return Prediction(x0, "x0", x_t, t, self.schedule, {name: state for name in features})
+
+
+class TwoTimeMLP(MLPDenoiser):
+    """The same, told the end of a jump, too: by embeddings of both times."""
+
+    def __init__(self, schedule: NoiseSchedule, dim: int, width: int = 128, data_std: float = 1.0) -> None:
+        super().__init__(schedule, dim, width, data_std)
+        first = self.net[0]
+        assert isinstance(first, nn.Linear)
+        self.net[0] = nn.Linear(first.in_features + 8, width)
+
+    def inputs(self, x_t: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
+        end = t if condition is None or condition.end is None else condition.end.expand(len(x_t))
+        alpha, sigma = (c.float() for c in self.schedule.coefficients(x_t, end))
+        level = torch.atan2(sigma, alpha)
+        return torch.cat([super().inputs(x_t, t, condition), *(f(level * k) for k in (1.0, 2.0, 4.0, 8.0) for f in (torch.sin, torch.cos))], 1)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from distill.call import Call, Values, unflatten
 from distill.masters import Masters
-from distill.schedule import Kind, NoiseSchedule
+from distill.schedule import Kind, NoiseSchedule, double
 
 
 @dataclass(frozen=True)
@@ -224,14 +224,16 @@ class BackboneDenoiser(Denoiser):
         trained: name → parameter of what training changes; all of the backbone's where None.
         companions: networks that run before each call and whose answers go into it.
         masters: keeps what is trained in float32 where the network computes in half precision.
+        end_time: an embedding that tells the backbone ``Condition.end``, attached to it (``two_time.py``); without one told, s = t.
     """
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, kind: Kind, call: Call,
         use: Callable[[], AbstractContextManager[None]] = nullcontext,
         trained: Mapping[str, nn.Parameter] | None = None, companions: Sequence[Companion] = (), masters: Masters | None = None,
+        end_time: Any = None,
     ) -> None:
-        self.companions, self.masters = companions, masters
+        self.companions, self.masters, self.end_time = companions, masters, end_time
         self.backbone, self.schedule, self.kind, self.call, self.use = backbone, schedule, kind, call, use
         self._trained = trained
         # Quantised weights are integers: the dtype is that of the others.
@@ -249,7 +251,7 @@ class BackboneDenoiser(Denoiser):
         t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
         if len(x_t) > 1 and self.call.apart(condition.values):
             return _together([self.predict(*one, features) for one in _singles(x_t, t, condition)], x_t, t)
-        with _catching(self.backbone, features) as caught, self.use():
+        with _catching(self.backbone, features) as caught, self.use(), self._told_end(t, condition):
             output = self.backbone(**self._arguments(x_t, t, condition))
         value, extra = self.call.answer(output, len(x_t)), None
         if value.dim() == x_t.dim() and value.shape[1] > x_t.shape[1]:
@@ -260,9 +262,17 @@ class BackboneDenoiser(Denoiser):
         t, condition = t.to(x_t.device).expand(len(x_t)), condition or Condition()
         if len(x_t) > 1 and self.call.apart(condition.values):
             return _each_cat([self.features(*one, names) for one in _singles(x_t, t, condition)])
-        with _catching(self.backbone, names, stop=True) as caught, self.use():
+        with _catching(self.backbone, names, stop=True) as caught, self.use(), self._told_end(t, condition):
             self.backbone(**self._arguments(x_t, t, condition))
         return self._batched(caught)
+
+    def _told_end(self, t: Tensor, told: Condition) -> AbstractContextManager[None]:
+        """The backbone told the way from t to the end, where it can be."""
+        if self.end_time is None:
+            return nullcontext()
+        way = torch.zeros_like(t) if told.end is None else double(t) - double(told.end.to(t.device))
+        context: AbstractContextManager[None] = self.end_time.using(self.end_time(way))
+        return context
 
     def _batched(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """With the batch in front, where a network takes one sample and knows no batch: (tokens, channels)."""

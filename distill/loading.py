@@ -22,6 +22,7 @@ from distill.resources import find, resource
 #: Pipelines that the toolkit ships: an exported folder that names one is loaded with our own copy of the file, so
 #: that no code from the folder runs.
 SHIPPED_PIPELINES = {"UNet2DPipeline": "unet2d"}
+SHIPPED_MODELS = {"EndTime": "end_time"}  #: networks that an exported pipeline may have beside those of libraries
 FACTS = "distill.json"  #: what an export says of itself
 FEW_STEP_FILE = "pipeline.py"  #: of an export, loaded with ``custom_pipeline="pipeline"``
 
@@ -29,6 +30,11 @@ FEW_STEP_FILE = "pipeline.py"  #: of an export, loaded with ``custom_pipeline="p
 def shipped_pipeline(class_name: str) -> type:
     """The class of a pipeline file in ``pipelines/``."""
     return getattr(_module(SHIPPED_PIPELINES[class_name]), class_name)
+
+
+def shipped_model(class_name: str) -> type:
+    """The class of a network in ``pipelines/``."""
+    return getattr(_module(SHIPPED_MODELS[class_name]), class_name)
 
 
 def _module(stem: str) -> ModuleType:
@@ -75,7 +81,8 @@ def _is_our_few_step(folder: Path) -> bool:
             ours = module in SHIPPED_PIPELINES.values() and (folder / f"{module}.py").read_bytes() == resource(f"pipelines/{module}.py").read_bytes()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         return False
-    return ours and not any(p for p in folder.rglob("*.py") if p.name not in (FEW_STEP_FILE, f"{module}.py"))
+    others = [p for p in folder.rglob("*.py") if p.name not in (FEW_STEP_FILE, f"{module}.py")]
+    return ours and all(p.stem in SHIPPED_MODELS.values() and p.read_bytes() == resource(f"pipelines/{p.stem}.py").read_bytes() for p in others)
 
 
 def read_model_index(folder: Path) -> dict[str, Any]:

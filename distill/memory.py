@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distill.adapters import Adapters
 from distill.denoiser import BackboneDenoiser
 from distill.errors import UserError
-from distill.masters import Masters
 
 
-def checkpoint_activations(backbone: nn.Module, switch: Adapters | Masters | None = None) -> None:
+def checkpoint_activations(backbone: nn.Module, *switches: Any) -> None:
     """Keep only each block's inputs in a forward with gradients; the rest is computed again in the backward pass.
 
     The second computation has to run with the weights of the first, and comes when the forward's own context has long
-    been left: so what ``switch`` has in use is noted with the block. Hidden features may still be caught inside the blocks.
+    been left: so what each switch (adapters, masters, embeddings of the end time) has in use is noted with the block. Hidden
+    features may still be caught inside the blocks.
 
     Raises:
         UserError: if the backbone's class cannot do it.
     """
 
     def run(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        again = as_now(block, switch)
+        again = as_now(block, *switches)
 
         return checkpoint(again, *args, use_reentrant=False, **kwargs)
 
@@ -40,15 +39,16 @@ def checkpoint_activations(backbone: nn.Module, switch: Adapters | Masters | Non
         raise UserError(f"trainer.gradient_checkpointing: {type(backbone).__name__} has no blocks to checkpoint: set it to false") from None
 
 
-def as_now(block: Callable[..., Any], switch: Adapters | Masters | None) -> Callable[..., Any]:
-    """A block that runs, at any later time, with the adapter or the casts that are in use now."""
-    if switch is None:
+def as_now(block: Callable[..., Any], *switches: Any) -> Callable[..., Any]:
+    """A block that runs, at any later time, with the adapter, the casts and the end times that are in use now."""
+    noted = [(switch, switch.active) for switch in switches if switch is not None]
+    if not noted:
         return block
-    using: Callable[[Any], AbstractContextManager[None]] = switch.using
-    active = switch.active
 
     def run(*inputs: Any, **named: Any) -> Any:
-        with using(active):
+        with ExitStack() as stack:
+            for switch, active in noted:
+                stack.enter_context(switch.using(active))
             return block(*inputs, **named)
 
     return run

@@ -109,7 +109,8 @@ def plan_of(config: Config, teacher: Teacher, device: str, memory: Memory) -> Pl
     roles, settings = parts.roles, config.trainer
     precision = Precision({"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision(config)], device == "cuda")
     for network in _networks(parts) if memory.checkpointing else ():
-        checkpoint_blocks(network.backbone, parts.adapters or network.masters, precision)
+        ends = [n.end_time for role in ("student", "target") for n in networks_of(getattr(roles, role)) if n.backbone is network.backbone and n.end_time]
+        checkpoint_blocks(network.backbone, precision, parts.adapters or network.masters, *ends)
     condition = teacher.condition([teacher.placeholder()])
     samples, inputs = _data_size(config, teacher)
     one_condition = sum(_nbytes(v) for v in (*condition.values.values(), *(condition.null or {}).values()))

@@ -26,9 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from distill.adapters import Adapters
 from distill.errors import UserError
-from distill.masters import Masters
 from distill.memory import as_now
 from distill.methods.base import Batch, Method
 from distill.roles import Roles
@@ -217,7 +215,7 @@ class Precision:
     cuda: bool = True
 
 
-def checkpoint_blocks(backbone: nn.Module, switch: Adapters | Masters | None, precision: Precision) -> None:
+def checkpoint_blocks(backbone: nn.Module, precision: Precision, *switches: Any) -> None:
     """``memory.checkpoint_activations`` for a backbone whose step is to be traced.
 
     Raises:
@@ -225,7 +223,7 @@ def checkpoint_blocks(backbone: nn.Module, switch: Adapters | Masters | None, pr
     """
 
     def run(block: Callable[..., Any], *args: Any) -> Any:
-        weighed = as_now(block, switch)
+        weighed = as_now(block, *switches)
 
         def again(*inputs: Any) -> Any:
             with _AsOnDevice(precision):  # the rules around the step do not reach into the backward pass

@@ -29,6 +29,8 @@ from distill.selection import Selection, share, shared_copy
 from distill.smaller import shrunk
 from distill.teacher import Teacher
 from distill.together import Together
+from distill.two_time import NAME as END_TIME
+from distill.two_time import end_time_embedding
 
 GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"  #: of a guidance embedding, in diffusers' UNets
 
@@ -108,7 +110,7 @@ def round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
 def build_roles(
     teacher: Teacher, wanted: Sequence[str], lora: LoRA | None = None, guidance_embedding: int = 0, *,
     selection: Selection | None = None, architecture: Mapping[str, Any] | None = None, critic_lora: LoRA | None = None,
-    like_teacher: Sequence[str] = ("critic", "winner"), route: Route | None = None,
+    like_teacher: Sequence[str] = ("critic", "winner"), route: Route | None = None, end_time: bool = False,
 ) -> tuple[Roles, Adapters | None]:
     """The teacher and the wanted roles ("student", "critic", "winner", "target"), all starting from the teacher's weights.
 
@@ -122,15 +124,26 @@ def build_roles(
         critic_lora: an adapter on the teacher's own backbone for the critic, beside copies for the others.
         like_teacher: the roles that keep it.
         route: the student (and target) is made of several networks, among which this chooses.
+        end_time: the student (and target) is told where a jump ends, by an embedding that is trained in any case.
 
     Raises:
         UserError: if the backbone cannot be given what is asked for.
     """
     denoiser = teacher.denoiser
+    # Found before adapters are put into the backbone; each network gets one of its own.
+    fresh: list[Any] = [end_time_embedding(teacher, denoiser)] if end_time and lora is not None else []
+
+    def ends(role: str, network: BackboneDenoiser) -> Any:
+        if not end_time or role in like_teacher:
+            return None
+        if not fresh:
+            fresh.append(end_time_embedding(teacher, network))
+        return copy.deepcopy(fresh[0])
+
     if lora is not None:
         if guidance_embedding:
             raise UserError("a LoRA student cannot be given a guidance embedding: set student.weights: full")
-        adapted, adapters = _adapted(denoiser, lora, wanted, like_teacher, route)
+        adapted, adapters = _adapted(denoiser, lora, wanted, like_teacher, route, ends)
         return Roles(denoiser, **adapted), adapters
     trained = None if selection is None else selection.names(denoiser.backbone)
     on_teacher = [role for role in wanted if role == "critic" and critic_lora is not None]
@@ -141,10 +154,12 @@ def build_roles(
         follows_student = role not in like_teacher
         embed, changes = (guidance_embedding, architecture) if follows_student else (0, None)
         copies = [_copied(denoiser, embed, trained, changes, fixed=role == "target") for _ in range(1 if route is None or not follows_student else route.count)]
+        for network in copies:
+            _tell_end(network, ends(role, network), fixed=role == "target")
         made[role] = _joined(copies, route)
     if critic_lora is None or not on_teacher:
         return Roles(denoiser, **made), None
-    critic, adapters = _adapted(denoiser, critic_lora, on_teacher, like_teacher, None)  # after the copies, which have none
+    critic, adapters = _adapted(denoiser, critic_lora, on_teacher, like_teacher, None, ends)  # after the copies, which have none
     return Roles(denoiser, **made, **critic), adapters
 
 
@@ -174,17 +189,30 @@ def adapter_name(role: str, k: int) -> str:
 
 
 def _adapted(
-    teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str], like_teacher: Sequence[str], route: Route | None
+    teacher: BackboneDenoiser, lora: LoRA, wanted: Sequence[str], like_teacher: Sequence[str], route: Route | None,
+    ends: Callable[[str, BackboneDenoiser], Any],
 ) -> tuple[dict[str, Any], Adapters]:
     """Roles that are adapters on the teacher's backbone; the teacher is "adapters off" from here on."""
     names = {r: [adapter_name(r, k) for k in range(1 if route is None or r in like_teacher else route.count)] for r in wanted}
     adapters = Adapters(teacher.backbone, lora, [name for several in names.values() for name in several])
     teacher.use = adapters.use(None)
 
-    def network(name: str) -> BackboneDenoiser:
-        return BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(name), adapters.named_parameters(name))
+    def network(role: str, name: str) -> BackboneDenoiser:
+        made = BackboneDenoiser(teacher.backbone, teacher.schedule, teacher.kind, teacher.call, adapters.use(name), adapters.named_parameters(name))
+        _tell_end(made, ends(role, made), fixed=role == "target")
+        return made
 
-    return {role: _joined([network(name) for name in several], route) for role, several in names.items()}, adapters
+    return {role: _joined([network(role, name) for name in several], route) for role, several in names.items()}, adapters
+
+
+def _tell_end(network: BackboneDenoiser, embedding: Any, fixed: bool) -> None:
+    """Attach an embedding of the end time (None: none) to a network; its weights are the network's from here on."""
+    if embedding is None:
+        return
+    embedding.attach(network.backbone)
+    embedding.requires_grad_(not fixed)
+    own = {f"{END_TIME}.{name}": p for name, p in embedding.named_parameters()}
+    network.end_time, network._trained = embedding, network.named_parameters() | own
 
 
 def copy_backbone(

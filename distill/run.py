@@ -93,7 +93,7 @@ def assemble(config: Config, teacher: Teacher) -> Parts:
     roles, adapters = build_roles(
         teacher, method.roles, _lora(config), method.guidance_embedding(), selection=selection, architecture=student.architecture,
         critic_lora=_settings(config.critic.lora) if config.critic.weights == "lora" else None,
-        like_teacher=method.like_teacher, route=find_route(method.experts(), teacher),
+        like_teacher=method.like_teacher, route=find_route(method.experts(), teacher), end_time=method.end_time(),
     )
     if adapters is None and bits != "none":  # the copies have been made
         quantize(teacher.backbone, bits, teacher.device)
@@ -182,7 +182,7 @@ def _economize(config: Config, teacher: Teacher, roles: Roles, adapters: Adapter
         with _as_trained(config, teacher.device):
             _try_out(teacher, roles.student, f"trainer.attention: {settings.attention} does not work with this backbone")
     if settings.gradient_checkpointing:
-        _checkpoint(teacher, roles.student, apart, adapters)
+        _checkpoint(teacher, roles.student, networks, adapters)
     if not settings.offload:
         return []
     idle = [*networks_of(roles.teacher), *networks_of(roles.target)]
@@ -205,8 +205,9 @@ def _checkpoint(teacher: Teacher, student: Denoiser, networks: Sequence[Backbone
     what = f"trainer.gradient_checkpointing: {type(teacher.backbone).__name__} does not work with it, set it to false"
     measurable = not any(p.is_meta for p in teacher.backbone.parameters())  # a plan's networks have no values
     before = _try_out(teacher, student, what) if measurable else None
-    for network in networks:
-        checkpoint_activations(network.backbone, adapters or network.masters)
+    for network in {id(n.backbone): n for n in networks}.values():
+        ends = [n.end_time for n in networks if n.backbone is network.backbone and n.end_time is not None]
+        checkpoint_activations(network.backbone, adapters or network.masters, *ends)
     if before is None:
         return
     difference = float((_try_out(teacher, student, what) - before).abs().max() / before.abs().max().clamp_min(1e-6))

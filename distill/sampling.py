@@ -33,6 +33,7 @@ class Sampler:
     guidance_scale: float = 1.0
     guidance_range: tuple[float, float] | None = None
     gamma: float = 1.0
+    end_time: bool = False  #: whether the student is told where each of its jumps ends: at the way point, the last one at clean data
 
     def ladder(self, steps: int | None = None) -> tuple[float, ...]:
         """The times of an n-step sample: n of the trained ones, evenly spaced from the top.
@@ -80,7 +81,7 @@ def way_point(schedule: NoiseSchedule, time: float, gamma: float) -> float:
 
 def renoise_sample(
     student: Denoiser, times: Sequence[float], noise: Tensor, condition: Condition | None,
-    generator: torch.Generator | None = None, gamma: float = 1.0,
+    generator: torch.Generator | None = None, gamma: float = 1.0, end_time: bool = False,
 ) -> Tensor:
     """x0 by alternating one network call with fresh noise at the next time (Song et al. 2023, alg. 1; DMD2; LCM).
 
@@ -91,6 +92,7 @@ def renoise_sample(
 
     Args:
         noise: unit-variance noise (batch, ...), the state at the first time but for the schedule's scale.
+        end_time: tell the student the s of each step.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -99,13 +101,17 @@ def renoise_sample(
     def at(time: float) -> Tensor:
         return torch.full((len(noise),), time, dtype=torch.float64, device=noise.device)
 
+    ways = [*(way_point(schedule, time, gamma) for time in times[1:]), 0.0]
+
+    def told(s: float) -> Condition | None:
+        return (condition or Condition()).ending(at(s)) if end_time else condition
+
     state = noise * schedule.initial_scale
-    x0 = student(state, at(times[0]), condition)
-    for now, time in pairwise(times):
-        s = way_point(schedule, time, gamma)
+    x0 = student(state, at(times[0]), told(ways[0]))
+    for (now, time), s, after in zip(pairwise(times), ways, ways[1:], strict=False):
         state = schedule.ddim(state.to(x0.dtype), x0, at(now), at(s)) if s > 0 else x0
         if gamma > 0:
             fresh = randn_tensor(x0.shape, generator, x0.device, x0.dtype)
             state = schedule.renoise(state, fresh, at(s), at(time)) if s > 0 else schedule.add_noise(x0, fresh, at(time))
-        x0 = student(state, at(time), condition)
+        x0 = student(state, at(time), told(after))
     return x0

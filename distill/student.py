@@ -70,7 +70,7 @@ class Student:
         if self.sampler.guidance_range is not None:
             scale = sum(self.sampler.guidance_range) / 2 if guidance_scale is None else guidance_scale
             condition = condition.with_guidance(torch.full((len(noise),), scale, device=noise.device))
-        return renoise_sample(self.denoiser, self.sampler.ladder(steps), noise, condition, generator, self.sampler.gamma)
+        return renoise_sample(self.denoiser, self.sampler.ladder(steps), noise, condition, generator, self.sampler.gamma, self.sampler.end_time)
 
     def images(self, inputs: Sequence[Any], **settings: Any) -> Tensor:
         """Decoded samples, (len(inputs), channels, height, width) in [0, 1]; settings as for ``sample``."""

@@ -4,8 +4,8 @@
     image = pipe("a red apple").images[0]
 
 The times that the student was trained for, its number of steps and its guidance are written below, whatever they are: no
-stock scheduler has to know them. A student may consist of several networks, of which each step or each condition asks one: they are
-components too. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
+stock scheduler has to know them. A student may consist of several networks, of which each step or each condition asks one, or be told where
+each step ends, by an embedding of its own: they are components too. All else (prompts, sizes, LoRAs, offloading) is the stock class's own.
 """
 
 import ast
@@ -101,6 +101,12 @@ class FewStepScheduler(StockScheduler, ConfigMixin):
         """Where in the ladder the next step is."""
         step = self._step_index if self._step_index is not None else self._begin_index or 0
         return self._chosen[min(step, len(self._chosen) - 1)]
+
+    @property
+    def next_place(self):
+        """Where the one after it is; None if there is none."""
+        after = (self._step_index if self._step_index is not None else self._begin_index or 0) + 1
+        return self._chosen[after] if after < len(self._chosen) else None
 
     def set_begin_index(self, begin_index=0):
         self._begin_index = begin_index
@@ -207,26 +213,27 @@ class FewStepPipeline(Stock):
     """The stock pipeline, sampling as the student was trained to."""
 
     # A class attribute: two such files loaded in one process share their module's globals, not their classes.
+    others = [*SETTINGS.get("experts", {}).get("others", ()), *([SETTINGS["end_time"]["name"]] if "end_time" in SETTINGS else ())]
     settings, source = SETTINGS, pathlib.Path(__file__).read_text(encoding="utf-8")
 
     @functools.wraps(Stock.__init__)
     def __init__(self, *args, **kwargs):
-        experts = {name: kwargs.pop(name) for name in self.settings.get("experts", {}).get("others", ())}
+        others = {name: kwargs.pop(name) for name in self.others}
         given = inspect.signature(super().__init__).bind(*args, **kwargs)
         name = self.settings.get("component", "scheduler")
         # Before anything else: the stages of a cascade are pipelines of their own, made of these parts.
         given.arguments[name] = self.few_step_scheduler(given.arguments[name])
         super().__init__(*given.args, **given.kwargs)
         self.register_modules(**{name: self.few_step_scheduler(getattr(self, name))})  # some classes make one of their own
-        self.register_modules(**experts)
+        self.register_modules(**others)
         for attribute, value in self.settings.get("attributes", {}).items():
             setattr(self, attribute, ast.literal_eval(value))
 
     # diffusers takes the components from here: the networks beside the stock class's one.
     _arguments = list(inspect.signature(Stock.__init__).parameters.values())
-    _experts = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in SETTINGS.get("experts", {}).get("others", ())]
+    _others = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in others]
     _last = len(_arguments) - (_arguments[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    __init__.__signature__ = inspect.Signature([*_arguments[:_last], *_experts, *_arguments[_last:]])
+    __init__.__signature__ = inspect.Signature([*_arguments[:_last], *_others, *_arguments[_last:]])
 
     def few_step_scheduler(self, stock):
         """The student's scheduler in place of a stock one."""
@@ -281,7 +288,7 @@ class FewStepPipeline(Stock):
                 given.arguments[name] = value
         getattr(self, settings.get("component", "scheduler")).generator = given.arguments.get("generator")
         ordered = inspect.BoundArguments(signature, {n: given.arguments[n] for n in signature.parameters if n in given.arguments})
-        with self.experts_at_work():
+        with self.experts_at_work(), self.ends_told():
             return stock(*ordered.args, **ordered.kwargs)
 
     @contextlib.contextmanager
@@ -318,6 +325,35 @@ class FewStepPipeline(Stock):
         try:
             yield
         finally:
+            if hidden is None:
+                del backbone.forward
+            else:
+                backbone.forward = hidden
+
+    @contextlib.contextmanager
+    def ends_told(self):
+        """The backbone is told where each step ends: at the next time's way point, the last one at clean data."""
+        told = self.settings.get("end_time")
+        if told is None:
+            yield
+            return
+        embedding, backbone = getattr(self, told["name"]), getattr(self, told["component"])
+        scheduler = getattr(self, self.settings.get("component", "scheduler"))
+        hidden, own = backbone.__dict__.get("forward"), backbone.forward
+
+        @functools.wraps(own)
+        def forward(*args, **kwargs):
+            after = scheduler.next_place
+            way = told["times"][scheduler.place] - (0.0 if after is None else told["ways"][after])
+            with embedding.using(embedding(torch.tensor([way], device=embedding.device))):
+                return own(*args, **kwargs)
+
+        handles, backbone.forward = embedding.attach(backbone), forward
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
             if hidden is None:
                 del backbone.forward
             else:

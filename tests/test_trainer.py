@@ -38,6 +38,8 @@ CONSISTENCY = DMD2[: DMD2.index("method:")] + """\
 method: {name: consistency, steps: 2, discretization: [4, 16], ema_decay: 0.8}
 """ + DMD2[DMD2.index("data:"):]
 
+FLOW_MAP = CONSISTENCY.replace("{name: consistency, steps: 2, discretization: [4, 16], ema_decay: 0.8}", "{name: flow_map, network: ema, ema_decay: 0.8}")
+
 
 def config_for(folder: Path, text: str = DMD2, *overrides: str) -> Config:
     recipe = folder.parent / f"{folder.name}.yaml"
@@ -72,6 +74,7 @@ SAVING = "device: cpu, gradient_checkpointing: true, offload: true"
 @pytest.mark.parametrize("recipe", [
     DMD2, CONSISTENCY, *(DMD2.replace("ema: 0.9", KINDS[k]) for k in ("lora", "dora", "selected")),
     CONSISTENCY.replace("device: cpu", SAVING).replace("ema: 0.9", KINDS["smaller"]),
+    *(FLOW_MAP.replace("ema: 0.9", KINDS[k]) for k in ("lora", "selected")), FLOW_MAP.replace("device: cpu", SAVING).replace("ema: 0.9", KINDS["smaller"]),
 ])
 def test_resumed_equals_uninterrupted(tmp_path: Path, recipe: str) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -61,6 +61,8 @@ def export_diffusers(
             ``overwrite`` is not set); if what was written is not the student.
     """
     check_shard_size(format.max_shard_size)
+    if student.sampler.end_time:
+        raise NoStockScheduler("no stock pipeline tells its network where a jump ends: use --to few-step")
     if isinstance(student.denoiser, Routed):
         raise NoStockScheduler(f"no stock pipeline chooses among {len(student.networks)} networks: use --to few-step")
     with writing(folder, overwrite) as temporary:
@@ -100,13 +102,12 @@ def export_few_step(
     check_shard_size(format.max_shard_size)
     with writing(folder, overwrite) as temporary:
         # The teacher's scheduler lies in the folder for its configuration, which pipelines read; the file replaces it.
-        pipeline = assembly.with_experts(student, assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student)))
+        pipeline = assembly.with_others(student, assembly.assemble(student, assembly.merged(student), assembly.own_scheduler(student)))
         _save(pipeline, temporary, format)
         plain = plain_call(student, pipeline)
         said: dict[str, Any] = {"form": "few-step", "method": method, "teacher": teacher_name, "guidance_scale": call_guidance(student.sampler)}
         few_step.name_class(temporary)
-        networks = student.denoiser.component_names(student.teacher.backbone_name) if isinstance(student.denoiser, Routed) else ()
-        changed = (student.teacher.backbone_name, student.teacher.scheduler_name, *networks)
+        changed = (student.teacher.backbone_name, student.teacher.scheduler_name, *assembly.expert_names(student))
         every: dict[int, dict[str, Any]] = {n: {} for n in range(1, len(student.sampler.times) + 1)}
 
         def check(written: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from distill.loading import SHIPPED_PIPELINES, quiet, shipped_pipeline
 from distill.resources import resource
 from distill.roles import adapter_name
 from distill.student import Student
+from distill.two_time import NAME as END_TIME
 
 
 def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
@@ -42,12 +43,12 @@ def assemble(student: Student, backbone: nn.Module, scheduler: Any) -> Any:
     return made
 
 
-def with_experts(student: Student, pipeline: Any) -> Any:
+def with_others(student: Student, pipeline: Any) -> Any:
     """The pipeline with the student's further networks as components, in a class of the same name: what is saved."""
-    if not isinstance(student.denoiser, Routed):
+    others = {name: merged(student, k) for k, name in enumerate(expert_names(student)) if k}
+    others |= {} if (embedding := student.networks[0].end_time) is None else {END_TIME: embedding}
+    if not others:
         return pipeline
-    names = student.denoiser.component_names(student.teacher.backbone_name)
-    others = {name: merged(student, k) for k, name in enumerate(names) if k}
     cls = type(pipeline)
     stock = inspect.signature(cls.__init__)
     ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others]
@@ -64,6 +65,11 @@ def with_experts(student: Student, pipeline: Any) -> Any:
     made = remake(several, pipeline, {**pipeline.components, **others})
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def expert_names(student: Student) -> list[str]:
+    """Of the backbones, if there are several."""
+    return student.denoiser.component_names(student.teacher.backbone_name) if isinstance(student.denoiser, Routed) else []
 
 
 def own_scheduler(student: Student) -> Any:

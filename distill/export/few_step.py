@@ -20,6 +20,7 @@ from distill.loading import FEW_STEP_FILE, SHIPPED_PIPELINES, few_step_source, q
 from distill.sampling import way_point
 from distill.schedule import Flow
 from distill.student import Student
+from distill.two_time import NAME as END_TIME
 
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample", "f": "f_prediction"}
 
@@ -54,6 +55,8 @@ def settings_of(student: Student, plain: Plain) -> dict[str, Any]:
     }
     if isinstance(student.denoiser, Routed):
         settings["experts"] = _experts(student.denoiser, student)
+    if sampler.end_time:
+        settings["end_time"] = {"name": END_TIME, "component": student.teacher.backbone_name, "times": _rounded(times), "ways": _rounded(ways)}
     component, attributes = student.teacher.scheduler_name, assembly.attributes(student.teacher.pipeline)
     settings |= {"component": component} if component != "scheduler" else {}
     settings |= {"attributes": {k: repr(v) for k, v in attributes.items()}} if attributes else {}

@@ -43,6 +43,8 @@ def export_lora(
     """
     if student.adapters is None:
         raise UserError("a student with full weights cannot be exported as a LoRA: use --to diffusers, or train with student.weights: lora")
+    if student.sampler.end_time:
+        raise UserError("a student that is told where its jumps end is no LoRA alone: use --to few-step")
     layers = adapted_layers(student)
     with writing(folder, overwrite) as temporary:
         backbone = assembly.bare(student)

@@ -90,6 +90,10 @@ class Method(BaseModel):
         """Width of the student's guidance embedding; 0 for none."""
         return 0
 
+    def end_time(self) -> bool:
+        """Whether the student is told where a jump ends, ``Condition.end``."""
+        return False
+
     def experts(self) -> ByTime | Partition | None:
         """Of which networks the student is made, each for some noise levels or some conditions; None: of one."""
         return None

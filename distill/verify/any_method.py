@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distill.analytic import GaussianMixture, MLPDenoiser, gaussian
+from distill.analytic import GaussianMixture, MLPDenoiser, TwoTimeMLP, gaussian
 from distill.denoiser import Condition, Denoiser
 from distill.experts import ByCondition, ByTime, Routed
 from distill.losses.adversarial import Discriminator, feature_body
@@ -36,11 +36,12 @@ def toy_roles(method: Method, teacher: GaussianMixture = TEACHER) -> Roles:
     """A two-dimensional Gaussian teacher and MLPs for the roles that the method asks for."""
     torch.manual_seed(0)
     schedule = teacher.schedule
-    networks: dict[str, Any] = {role: MLPDenoiser(schedule, 2, width=32, data_std=0.8) for role in method.roles}
+    kind = TwoTimeMLP if method.end_time() else MLPDenoiser
+    networks: dict[str, Any] = {role: kind(schedule, 2, width=32, data_std=0.8) for role in method.roles}
     several = method.experts()
     if several is not None:  # the toy's samples are all of the first class
         route = several if isinstance(several, ByTime) else ByCondition.of_classes("class_labels", several.count, several.count)
-        networks["student"] = Routed([networks["student"], *(MLPDenoiser(schedule, 2, width=32, data_std=0.8) for _ in range(route.count - 1))], route)
+        networks["student"] = Routed([networks["student"], *(kind(schedule, 2, width=32, data_std=0.8) for _ in range(route.count - 1))], route)
     if "target" in networks:
         networks["target"].load_state_dict(networks["student"].state_dict())
     wanted = method.discriminator_features()
@@ -137,7 +138,8 @@ def distance(method: Method, student: Denoiser, teacher: GaussianMixture) -> flo
     deterministic trajectories, whose first x0 is no sample, need them."""
     draw = torch.Generator().manual_seed(1)
     noise, sampler = torch.randn(4000, 2, generator=draw), method.sampler()
-    times = sampler.ladder() if sampler.gamma == 0 or isinstance(student, Routed) else (1.0,)
-    x = renoise_sample(student, times, noise, toy_batch(teacher, 4000).condition, draw, sampler.gamma).double()
+    in_order = isinstance(student, Routed) or (sampler.gamma == 0 and not sampler.end_time)
+    times = sampler.ladder() if in_order else (1.0,)
+    x = renoise_sample(student, times, noise, toy_batch(teacher, 4000).condition, draw, sampler.gamma, sampler.end_time).double()
     mean, std = teacher.means[0], teacher.stds[0]
     return float(((x.mean(0) - mean) ** 2 + (x.std(0) - std) ** 2).sum())

@@ -107,3 +107,21 @@ def test_runs_side_by_side_are_runs_alone(tool: Callable[[str], Any]) -> None:
     assert torch.allclose(weights[0::3], normalizer.weight("jensen_shannon", logits[0::3].flatten(), t[0::3], torch.ones(10)))
     assert torch.equal(weights[0::3], changed[0::3])
     assert not torch.allclose(weights[1::3], changed[1::3])
+
+
+def test_recorded_runs_are_not_measured_again_unless_the_recipe_has_changed(tool: Callable[[str], Any], tmp_path: Path) -> None:
+    methods, file, out = tool("bench_methods"), tmp_path / "methods.json", tmp_path / "out"
+    same = tool("bench_runs").fingerprint("sid/digits", [], 300, 5000)
+    assert same == tool("bench_runs").fingerprint("sid/digits", ["trainer.steps=1000"], 300.0, 5000)
+    assert same not in (tool("bench_runs").fingerprint("sid/digits", ["method.alpha=1.2"], 300, 5000), tool("bench_runs").fingerprint("sid/digits", [], 60, 5000))
+    for seed, distance in ((0, 0.2), (1, 0.3)):
+        path = methods.result_of(out, "sid/digits", seed)
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"fd_digits": distance}))
+    methods.record(file, {"sid/digits": same}, out)
+    recorded = json.loads(file.read_text())
+    assert [(r["seed"], r["recipe"], r["numbers"]) for r in recorded] == [(0, same, {"fd_digits": 0.2}), (1, same, {"fd_digits": 0.3})]
+    methods.restore(recorded, {"sid/digits": same}, tmp_path / "elsewhere")
+    assert json.loads(methods.result_of(tmp_path / "elsewhere", "sid/digits", 1).read_text()) == {"fd_digits": 0.3}
+    methods.restore(recorded, {"sid/digits": "another"}, tmp_path / "third")
+    assert not (tmp_path / "third").exists()

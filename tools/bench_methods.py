@@ -2,9 +2,10 @@
 
     python tools/bench_methods.py --seconds 300 --seeds 0 1 2 --out runs/bench --markdown runs/bench/table.md
 
-Each run is a process of its own; one that is finished is skipped when the tool is started again. The number of training steps is what
-the budget has room for: a pilot measures steps spread over the whole training, as a step's cost may change on the way. One thread
-(OMP_NUM_THREADS=1) makes CPU seconds comparable on a machine that does other things too.
+Each run is a process of its own; one that is finished is skipped when the tool is started again. With ``--record docs/methods.json``
+what is measured is added to that file, and what is there already, of the same recipe and budget, is not measured again, on any machine.
+The number of training steps is what the budget has room for: a pilot measures steps spread over the whole training, as a step's cost may
+change on the way. One thread (OMP_NUM_THREADS=1) makes CPU seconds comparable on a machine that does other things too.
 """
 
 from __future__ import annotations
@@ -13,12 +14,38 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-from bench_runs import ROOT, in_a_process, measure_teacher, train_one
+from bench_runs import ROOT, fingerprint, in_a_process, measure_teacher, train_one
+
+
+def result_of(out: Path, name: str, seed: int | str) -> Path:
+    """Where the numbers of a run are."""
+    return out / name.replace("/", "~") / f"seed-{seed}" / "result.json"
+
+
+def restore(recorded: Sequence[dict[str, Any]], wanted: Mapping[str, str], out: Path) -> None:
+    """Put the recorded runs that are still of these recipes where finished ones lie."""
+    for run in recorded:
+        path = result_of(out, run["name"], run["seed"])
+        if wanted.get(run["name"]) == run["recipe"] and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(run["numbers"], indent=1) + "\n", encoding="utf-8")
+
+
+def record(file: Path, wanted: Mapping[str, str], out: Path) -> None:
+    """Add the finished runs to the file, in place of earlier ones of the same name and seed."""
+    runs = {(r["name"], r["seed"]): r for r in (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else [])}
+    for name, recipe in wanted.items():
+        for path in result_of(out, name, "*").parent.parent.glob("seed-*/result.json"):
+            seed = int(path.parent.name.removeprefix("seed-"))
+            runs[name, seed] = {"name": name, "seed": seed, "recipe": recipe, "numbers": json.loads(path.read_text(encoding="utf-8"))}
+    lines = ",\n".join(json.dumps(runs[key]) for key in sorted(runs))
+    file.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def summarize(folder: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -73,6 +100,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; CPU seconds stay comparable with one per core")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--record", type=Path, help="JSON file of finished runs, read and added to")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -87,12 +115,23 @@ def main() -> int:
         return 0
     recipes = given.recipes or ["quickstart", *sorted(f"{p.parent.name}/digits" for p in (ROOT / "configs").glob("*/digits.yaml"))]
     out = given.out.absolute()
+    wanted = {name: fingerprint(name, given.set, given.seconds, given.samples) for name in recipes}
+    wanted |= {f"teacher-{n}": f"{given.samples}" for n in given.teacher_steps}
+    if given.record and given.record.is_file():
+        restore(json.loads(given.record.read_text(encoding="utf-8")), wanted, out)
+    recording = Lock()
+
+    def run(name: str, seed: int) -> None:
+        common = ["--one", name, "--seeds", str(seed), "--seconds", str(given.seconds), "--samples", str(given.samples)]
+        in_a_process(__file__, [*common, *(f"--set={s}" for s in given.set)], result_of(out, name, seed))
+        if given.record:
+            with recording:
+                record(given.record, wanted, out)
+
     with ThreadPoolExecutor(given.jobs) as pool:
         for seed in given.seeds:
-            for name in [*recipes, *(f"teacher-{n}" for n in given.teacher_steps)]:
-                result = out / name.replace("/", "~") / f"seed-{seed}" / "result.json"
-                common = ["--one", name, "--seeds", str(seed), "--seconds", str(given.seconds), "--samples", str(given.samples)]
-                pool.submit(in_a_process, __file__, [*common, *(f"--set={s}" for s in given.set)], result)
+            for name in wanted:
+                pool.submit(run, name, seed)
     rows = summarize(out, given.seeds)
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     table = markdown(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -37,6 +38,14 @@ def train_one(recipe: str, seed: int, seconds: float, samples: int, overrides: S
     spent, peak = time.process_time() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     counted = dict(passes)  # of the training alone
     return finished(trainer, folder) | {"training_steps": steps, "passes": counted, "cpu_seconds": round(spent, 1), "peak_mb": round(peak)}
+
+
+def fingerprint(recipe: str, overrides: Sequence[str], seconds: float, samples: int) -> str:
+    """Of all that a run's numbers depend on but its seed and the code. (The number of steps is the budget's.)"""
+    from distill.config import dump, load_config
+
+    config = dump(load_config(recipe, [*bare_settings(0, samples, Path("runs/bench")), "trainer.steps=1000", *overrides]))
+    return hashlib.sha256(f"{seconds:g} {config}".encode()).hexdigest()[:12]
 
 
 def bare_settings(seed: int, samples: int, folder: Path) -> list[str]:

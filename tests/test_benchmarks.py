@@ -111,9 +111,10 @@ def test_runs_side_by_side_are_runs_alone(tool: Callable[[str], Any]) -> None:
 
 def test_recorded_runs_are_not_measured_again_unless_the_recipe_has_changed(tool: Callable[[str], Any], tmp_path: Path) -> None:
     methods, file, out = tool("bench_methods"), tmp_path / "methods.json", tmp_path / "out"
-    same = tool("bench_runs").fingerprint("sid/digits", [], 300, 5000)
-    assert same == tool("bench_runs").fingerprint("sid/digits", ["trainer.steps=1000"], 300.0, 5000)
-    assert same not in (tool("bench_runs").fingerprint("sid/digits", ["method.alpha=1.2"], 300, 5000), tool("bench_runs").fingerprint("sid/digits", [], 60, 5000))
+    fingerprint = tool("bench_runs").fingerprint
+    same = fingerprint("sid/digits", [], 300, 5000)
+    assert same == fingerprint("sid/digits", ["trainer.steps=1000"], 300.0, 5000)
+    assert same not in (fingerprint("sid/digits", ["method.alpha=1.2"], 300, 5000), fingerprint("sid/digits", [], 60, 5000))
     for seed, distance in ((0, 0.2), (1, 0.3)):
         path = methods.result_of(out, "sid/digits", seed)
         path.parent.mkdir(parents=True)

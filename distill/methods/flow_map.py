@@ -31,10 +31,10 @@ from distill.denoiser import Condition, Denoiser
 from distill.flow import average_velocity, clock, jump, moved
 from distill.guidance import Guided
 from distill.jvp import Mode, directional_derivative
+from distill.mapping.solvers import solver_step
 from distill.matching.adversary import GAN, discriminator_loss, student_loss
 from distill.matching.time_pairs import TimePairs
 from distill.methods.base import Batch, Method, Update
-from distill.methods.consistency import solver_step
 from distill.roles import Roles
 from distill.sampling import Sampler
 from distill.schedule import double, expand_to

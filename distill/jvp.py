@@ -82,9 +82,10 @@ def jvp(
         UserError: if forward mode is wanted and not there, or finite differences of a network in half precision.
     """
     network = getattr(owner, "backbone", owner)
-    if primals[0].is_meta:  # a plan knows no values: a derivative costs about what another evaluation does
+    if primals[0].is_meta:  # a plan's networks have no values: it is weighed as two evaluations at once are
         with torch.no_grad():
-            return function(*primals), function(*primals)
+            value, _ = function(*primals), function(*primals)
+        return value, torch.zeros_like(value)
     if mode == "finite_difference" or (mode == "auto" and network is not None and network in _without):
         return _central(function, primals, tangents, steps, owner)
     try:
@@ -105,7 +106,8 @@ def jvp(
 def _forward(function: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None], network: Any) -> tuple[Tensor, Tensor]:
     _say_attention(network)
     with _plain_kernels(), forward_ad.dual_level():
-        duals = [p if v is None else forward_ad.make_dual(p.detach().contiguous(), v.detach().to(p).contiguous()) for p, v in zip(primals, tangents, strict=True)]
+        pairs = zip(primals, tangents, strict=True)
+        duals = [p if v is None else forward_ad.make_dual(p.detach().contiguous(), v.detach().to(p).contiguous()) for p, v in pairs]
         value, derivative = forward_ad.unpack_dual(function(*duals))
         value = value.clone()
         derivative = torch.zeros_like(value) if derivative is None else derivative.clone()

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from distill.analytic import AffineGenerator, gaussian
+from distill.cli import main
 from distill.config import load_config
 from distill.denoiser import Condition
 from distill.losses.adversarial import Discriminator
@@ -137,3 +138,10 @@ def test_the_adversary_of_phases_stays_within_them() -> None:
     student, both = seen
     assert int((student >= 0.5).sum()) == int((both[:64] >= 0.5).sum()) == 32  # as many as have t = 1: one draw from each 64th of [0, 1]
     assert len(both) == 128 and torch.equal(both[:64], both[64:])
+
+
+@pytest.mark.parametrize("recipe", ["tscd/digits", "tbcm/digits"])
+def test_a_plan_estimates_the_step(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing in a step looks at values that a plan does not have; a derivative counts as another evaluation."""
+    assert main(["plan", recipe]) == 0
+    assert "not estimated" not in capsys.readouterr().out

@@ -241,7 +241,7 @@ def test_checkpointing_recomputes_with_the_adapter_of_the_forward() -> None:
     teacher = Teacher(tiny.tiny_stable_diffusion())
     roles, adapters = build_roles(teacher, ["student", "critic"], LoRA(2, 2.0))
     assert adapters is not None
-    checkpoint_blocks(teacher.backbone, adapters, Precision())
+    checkpoint_blocks(teacher.backbone, Precision(), adapters)
     x, condition = torch.randn(1, 4, 8, 8), teacher.condition(["a cat"])
     loss = roles.student(x, torch.tensor([0.5]), condition).square().mean()
     assert roles.critic is not None

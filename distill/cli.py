@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check methods against closed forms, with the ablations that must fail")
     verify.add_argument("methods", nargs="*", metavar="METHOD", help="all methods if none is given; module:Class for your own")
     verify.add_argument("--divergence", action="append", help="of dmd2: check this one only (may repeat)")
+    verify.add_argument("--jobs", type=_positive, metavar="N", help="methods at a time; as many as there are cores if not given")
     verify.set_defaults(run=_verify)
 
     teachers = commands.add_parser("teachers", help="list the pipelines that were checked, or probe one of your own")
@@ -194,7 +195,7 @@ def _teachers(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from distill.verify import run
 
-    return 0 if run(options.methods or None, options.divergence) else 1
+    return 0 if run(options.methods or None, options.divergence, options.jobs) else 1
 
 
 def _methods(options: argparse.Namespace) -> int:

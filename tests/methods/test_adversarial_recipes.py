@@ -29,7 +29,7 @@ def trained(recipe: str, folder: Path, *settings: str) -> tuple[Trainer, dict[st
         ("el/digits", (*PAIRS, "method.real=teacher", "data.source=none"), {"student/embedding"}),
         ("teacher_feature_drifting/digits", (), {"student/drifting"}),
         ("ladd/digits", PAIRS, {"student/gan", "discriminator/accuracy"}),
-        ("asd/digits", ("method.steps=2", "evaluate.steps=[1,2]"), {"critic/loss"}),
+        ("asd/digits", ("method.steps=2", "method.times=[0.4,0.2]", "evaluate.steps=[1,2]"), {"critic/loss"}),
         ("tdm/digits", (), {"critic/loss", "student/score_gap"}),
     ],
 )

@@ -83,8 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a run's student as a diffusers folder or a LoRA")
     export.add_argument("path", type=Path, help="run folder")
     export.add_argument(
-        "--to", choices=("diffusers", "few-step", "lora", "lora-kohya"), default="diffusers",
-        help="the teacher's own pipeline class; a class in the folder that needs no arguments; the adapter alone, in diffusers' or kohya's names",
+        "--to", choices=("diffusers", "few-step", "lora", "lora-kohya"),
+        help="the teacher's own pipeline class; a class in the folder that needs no arguments; the adapter alone, in diffusers' or kohya's names. "
+        "The first that samples this student as it was trained, if not given",
     )
     export.add_argument("--out", type=Path, help="folder to write; RUN/student, RUN/few-step, RUN/lora or RUN/lora-kohya if not given")
     export.add_argument("--max-shard-size", metavar="SIZE", help="largest size of one weight file, such as 5GB; diffusers' own default if not given")

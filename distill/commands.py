@@ -132,11 +132,16 @@ def _export_all(config: Config, student: Student, folder: Path, rows: list[dict[
         exporting.export_lora(student, folder / "lora-kohya", names="kohya", **facts)
     if "few-step" in config.output.export:
         exporting.export_few_step(student, folder / "few-step", **facts)
+    _export_pipeline(student, folder / "student", **facts)
+
+
+def _export_pipeline(student: Student, folder: Path, **facts: Any) -> None:
+    """Write the student in the teacher's own class or, where no stock scheduler samples it, with a pipeline file of its own."""
     try:
-        exporting.export_diffusers(student, folder / "student", **facts)
+        exporting.export_diffusers(student, folder, **facts)
     except exporting.NoStockScheduler as error:
         say(f"{str(error).split(': use --to')[0]}: exported with a pipeline file of its own")
-        exporting.export_few_step(student, folder / "student", **facts)
+        exporting.export_few_step(student, folder, **facts)
 
 
 def _measure(config: Config, folder: Path, device: str) -> list[dict[str, Any]]:
@@ -352,13 +357,13 @@ def export(options: argparse.Namespace) -> int:
     if path.suffix in _PICKLES:
         raise UserError(f"{path} is a pickle checkpoint, which is never read: name a run folder")
     check_shard_size(options.max_shard_size)
-    lora = form.startswith("lora")
+    lora = form is not None and form.startswith("lora")
     if lora and (options.max_shard_size or options.variant):
         raise UserError("--max-shard-size and --variant are for whole pipelines: a LoRA is one small file in the precision that it was trained in")
     if options.push:
         pushing.check_reachable(options.push, options.yes)
     student, config = load_student(path)
-    folder = options.out or path / {"diffusers": "student"}.get(form, form)
+    folder = options.out or path / {None: "student", "diffusers": "student"}.get(form, form)
     results = path / "results.json"
     facts: dict[str, Any] = {
         "method": config.method.name, "teacher_name": config.teacher.pipeline, "overwrite": options.out is None,
@@ -367,7 +372,7 @@ def export(options: argparse.Namespace) -> int:
     if lora:
         exporting.export_lora(student, folder, names="kohya" if form == "lora-kohya" else "diffusers", **facts)
     else:
-        write = exporting.export_diffusers if form == "diffusers" else exporting.export_few_step
+        write = {None: _export_pipeline, "diffusers": exporting.export_diffusers, "few-step": exporting.export_few_step}[form]
         write(student, folder, format=exporting.Format(options.max_shard_size, options.variant), **facts)
     say(f"exported → {folder}; its README.md says how to load it")
     if options.push:

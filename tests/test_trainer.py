@@ -119,17 +119,18 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
             assert parts[0].x0 is not None and parts[1].x0 is not None
             noise = torch.cat([p.noise for p in parts])
             batches = [Batch(noise, cat([p.condition for p in parts]), torch.cat([parts[0].x0, parts[1].x0]), 0.0)]
-        indices = iter([0, 1, 2, 3, 3, 2, 1, 0])
+        drawn = iter([0.1, 0.3, 0.6, 0.9, 0.8, 0.7, 0.4, 0.2])
 
-        def fixed(n: int, shape: Any, indices: Any = indices, **_: Any) -> torch.Tensor:
-            return torch.tensor([next(indices) for _ in range(shape[0])])
+        def fixed(like: torch.Tensor, drawn: Any = drawn) -> torch.Tensor:
+            return torch.tensor([next(drawn) for _ in like], dtype=torch.float64)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randint", fixed)
+            patch.setattr("distill.matching.times.strata", fixed)
             for batch in batches:
                 _, loss, _ = next(iter(trainer.method.step(trainer.roles, batch)))
                 (loss / len(batches)).backward(inputs=student)
         gradients.append([p.grad.clone() for p in student if p.grad is not None])
+        assert next(drawn, None) is None
     assert len(gradients[0]) == len(gradients[1]) > 0
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

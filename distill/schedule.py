@@ -85,8 +85,14 @@ class NoiseSchedule(ABC):
         alpha, sigma = self.coefficients(x0, t)
         return (alpha * x0 + sigma * noise).to(x0.dtype)
 
-    def renoise(self, x_s: Tensor, noise: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        """A sample of x_t given x_s, s ≤ t: a x_s + b noise with a = alpha_t/alpha_s and b² = sigma_t² − a² sigma_s²."""
+    def renoise(self, x_s: Tensor, noise: Tensor, s: Tensor | None, t: Tensor) -> Tensor:
+        """A sample of x_t given x_s, s ≤ t: a x_s + b noise with a = alpha_t/alpha_s and b² = sigma_t² − a² sigma_s².
+
+        Args:
+            s: (batch,) the level that x_s is at; None: clean.
+        """
+        if s is None:
+            return self.add_noise(x_s, noise, t)
         (alpha_s, sigma_s), (alpha_t, sigma_t) = self.coefficients(x_s, s), self.coefficients(x_s, t)
         a = alpha_t / alpha_s
         return (a * x_s + (sigma_t**2 - (a * sigma_s) ** 2).clamp_min(0).sqrt() * noise).to(x_s.dtype)

@@ -60,11 +60,7 @@ class GAN(BaseModel):
 
 def logits(gan: GAN, roles: Roles, x: Tensor, condition: Condition, t: Tensor, noise: Tensor, s: Tensor | None = None) -> Tensor:
     """(batch, heads) logits of samples, clean or at s, noised to t; differentiable in x and in the network whose features are judged."""
-    return judged(gan, roles, _noised(roles, x, noise, t, s), t, condition)
-
-
-def _noised(roles: Roles, x: Tensor, noise: Tensor, t: Tensor, s: Tensor | None) -> Tensor:
-    return roles.schedule.add_noise(x, noise, t) if s is None else roles.schedule.renoise(x, noise, s, t)
+    return judged(gan, roles, roles.schedule.renoise(x, noise, s, t), t, condition)
 
 
 def judged(gan: GAN, roles: Roles, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -106,7 +102,7 @@ def discriminator_loss(
     if gan.mismatched:
         clean, told = [*clean, real], [*told, condition[torch.arange(len(x)).roll(1)]]
     n = len(clean)
-    x_t = _noised(roles, torch.cat(clean), noise.repeat(n, *[1] * (x.dim() - 1)), t.repeat(n), None if s is None else s.repeat(n))
+    x_t = roles.schedule.renoise(torch.cat(clean), noise.repeat(n, *[1] * (x.dim() - 1)), None if s is None else s.repeat(n), t.repeat(n))
     if exact:
         x_t.requires_grad_()
     answers = judged(gan, roles, x_t, t.repeat(n), cat(told)).split(len(x))

@@ -214,7 +214,7 @@ class DistributionMatching(Method):
         t = self._draw(self.score_times, roles, batch, sample)
         noise = torch.randn_like(x)
         with nullcontext() if live else torch.no_grad():
-            x_t = roles.schedule.add_noise(x, noise, t) if s is None else roles.schedule.renoise(x, noise, s, t)
+            x_t = roles.schedule.renoise(x, noise, s, t)
             real, fake = self._predictions(roles, x_t, t, batch)
         with torch.no_grad():
             weight = self._weight(roles, x0, t, s, real, fake)
